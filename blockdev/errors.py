@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong, whose fault it is, and whether to try again.
+
+Every error a user can see is a BlockdevError. Its text is one sentence of the form
+"what failed: which thing: why". Its class carries the exit code, the errno a device
+answers with, and whether trying again may help. Nothing else maps errors to codes.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import ClassVar
+
+
+class BlockdevError(Exception):
+    """The root of all our errors; raised itself only for what has no better class."""
+
+    exit_code: ClassVar[int] = 1
+    errno: ClassVar[int] = errno.EIO
+    retriable: ClassVar[bool] = False
+
+
+class UsageError(BlockdevError):
+    """The caller asked for something that makes no sense."""
+
+    exit_code = 2
+    errno = errno.EINVAL
+
+
+class NotFound(BlockdevError):
+    """An image, tag, blob or file is not where the caller said."""
+
+    exit_code = 3
+    errno = errno.ENOENT
+
+
+class AccessDenied(BlockdevError):
+    """Credentials were missing or refused, or a path may not be used."""
+
+    exit_code = 4
+    errno = errno.EACCES
+
+
+class CorruptImage(BlockdevError):
+    """Image content breaks its format or its checksum. Names blob and offset."""
+
+    exit_code = 5
+
+
+class SourceError(BlockdevError):
+    """A registry or peer did not deliver."""
+
+    exit_code = 6
+    retriable = True
+
+
+class DeviceError(BlockdevError):
+    """The kernel, a mount point, a device or another owner is in the way."""
+
+    exit_code = 7
+    errno = errno.EBUSY
+
+
+class EngineError(BlockdevError):
+    """A defect of ours, or a resource of this machine ran out."""
+
+    exit_code = 8
