@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * engine.h: what outlives every blob and image: threads, the fetch queue, events.
+ *
+ * Lock order, outer first: fetch queue -> work queue -> events. Nobody holds one of
+ * them while doing I/O, calling complete() or ready(), or waiting for Python.
+ */
+#ifndef OB_ENGINE_H
+#define OB_ENGINE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stddef.h>
+
+#include "fetch.h"
+#include "ob.h"
+
+struct ob_request;
+
+struct event_queue {
+	pthread_mutex_t lock;
+	int fd;                         /* eventfd, readable while events wait */
+	struct event_node *head, **tail;
+};
+
+struct work_queue {
+	pthread_mutex_t lock;
+	pthread_cond_t wake;
+	struct ob_request *head, **tail;
+	pthread_t *threads;
+	uint32_t thread_count;
+	int stopping;
+};
+
+struct ob_engine {
+	atomic_int references;          /* the user's handle, and each blob */
+	atomic_int stopped;
+	ob_engine_config config;
+	struct fetch_queue fetch;
+	struct work_queue work;
+	struct event_queue events;
+};
+
+struct ob_engine *engine_ref(struct ob_engine *engine);
+void engine_unref(struct ob_engine *engine);
+
+/* Tell the user something happened. Never blocks, never fails: with no memory left the
+ * event is lost, and the state it tells of can still be asked for. */
+void engine_post(struct ob_engine *engine, int kind, int status, uint64_t id);
+
+/* Hand a request whose wait is over to a work thread. */
+void engine_work(struct ob_engine *engine, struct ob_request *request);
+
+/* Start a named thread with a stack that fits what the engine does on it. */
+int engine_thread(pthread_t *thread, const char *name, void *(*run)(void *), void *argument);
+
+/* Monotonic nanoseconds. */
+int64_t engine_now(void);
+
+#endif

@@ -1,0 +1,32 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * image.h: the merged read view of a stack of layers.
+ */
+#ifndef OB_IMAGE_H
+#define OB_IMAGE_H
+
+#include <stdatomic.h>
+
+#include "fetch.h"
+#include "file.h"
+#include "index.h"
+#include "ob.h"
+
+struct ob_image {
+	atomic_int references;
+	struct ob_engine *engine;
+	uint64_t size;                  /* bytes */
+	struct index index;             /* immutable after open: read without a lock */
+	struct ob_file **files;         /* where layer i's data live */
+	uint32_t layer_count;
+};
+
+struct ob_image *image_ref(struct ob_image *image);
+void image_unref(struct ob_image *image);
+
+/* Read on from *done, which counts the bytes of buffer that are right. 0 when all of
+ * [offset, offset + length) is, -EAGAIN when something is missing, or -errno. */
+int image_read(struct ob_image *image, uint64_t offset, uint8_t *buffer, uint64_t length, uint64_t *done);
+/* Have everything that range misses fetched for `parked`. No I/O. */
+void image_want(struct ob_image *image, uint64_t offset, uint64_t length, struct parked *parked);
+
+#endif
