@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LSMT layer files: heads, index entries, and the checks that open a layer.
+
+Three shapes: committed and sealed layers (one file, index and trailer at its end) and
+the append-only read-write pair (data file, chronological index file). Heads are parsed
+here; at run time the engine reads the tables (native/index.c), so read_segments() and
+read_log() are the slow readers that judge it. docs/formats/lsmt.md.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import construct as c
+
+from formats.errors import FormatError
+from formats.readat import ReadAt
+
+SECTOR = 512
+HEAD_SIZE = 4096
+HEAD_SECTORS = HEAD_SIZE // SECTOR
+ENTRY_SIZE = 16
+SEALED_ENTRIES_MAX = 1_000_000  # every reader's limit, padding included
+LOG_ENTRIES_MAX = 128_000_000
+LENGTH_MAX = 16383  # sectors of one entry: 14 bits
+VIRTUAL_SIZE_MAX = SECTOR << 50  # 50-bit sector addresses
+NULL_UUID = "00000000-0000-0000-0000-000000000000"
+
+IS_HEADER = 1 << 0
+IS_DATA_FILE = 1 << 1
+IS_SEALED = 1 << 2
+IS_SPARSE = 1 << 4
+
+COMMIT_HEADER = IS_HEADER | IS_DATA_FILE | IS_SEALED
+SEALED_TRAILER = IS_DATA_FILE | IS_SEALED
+LOG_DATA_HEADER = IS_HEADER | IS_DATA_FILE
+LOG_INDEX_HEADER = IS_HEADER
+
+_MAGIC = bytes.fromhex("4c534d5400010200657e63d29444084ca2d2c8ec4fcfae8a")
+_DEFINED_SIZE = 390
+_VERSION = (1, 1)
+_UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+_TAG_MAX = 256
+_GAP_MAX = 4096  # between index and trailer: sealing rounds up to 512, so a page's worth is a wrong count
+_READ_ENTRIES = 65536  # entries read at a time: 1 MiB
+
+_HEAD = c.Struct(
+    "magic" / c.Bytes(24),
+    "size" / c.Int32ul,
+    "flags" / c.Int32ul,
+    "index_offset" / c.Int64ul,
+    "index_count" / c.Int64ul,
+    "virtual_size" / c.Int64ul,
+    "uuid" / c.Bytes(37),
+    "parent_uuid" / c.Bytes(37),
+    c.Padding(2),
+    "version" / c.Int8ul,
+    "sub_version" / c.Int8ul,
+    "user_tag" / c.Bytes(_TAG_MAX),
+    c.Padding(HEAD_SIZE - _DEFINED_SIZE),
+)
+
+_ENTRY = struct.Struct("<QQ")
+_OFFSET_BITS = 50
+_MOFFSET_BITS = 55
+_OFFSET_MASK = (1 << _OFFSET_BITS) - 1
+_MOFFSET_MASK = (1 << _MOFFSET_BITS) - 1
+
+PADDING_ENTRY = _ENTRY.pack(_OFFSET_MASK, 0)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A header or trailer. Sizes and offsets in bytes; a UUID is "" where the field holds none."""
+
+    flags: int
+    virtual_size: int
+    index_offset: int = 0
+    index_count: int = 0
+    uuid: str = NULL_UUID
+    parent_uuid: str = NULL_UUID
+    user_tag: bytes = b""
+
+    @classmethod
+    def parse(cls, head: bytes) -> Head:
+        """HEAD_SIZE bytes. Unknown flags and the undefined rest are ignored (old files have rubbish there)."""
+        if len(head) != HEAD_SIZE:
+            raise FormatError(f"LSMT head of {len(head)} bytes")
+        fields = _HEAD.parse(head)
+        if fields.magic != _MAGIC:
+            raise FormatError("no LSMT magic", 0)
+        if fields.virtual_size > VIRTUAL_SIZE_MAX or fields.virtual_size % SECTOR:
+            raise FormatError(f"impossible virtual size {fields.virtual_size}", 48)
+        return cls(
+            flags=fields.flags,
+            virtual_size=fields.virtual_size,
+            index_offset=fields.index_offset,
+            index_count=fields.index_count,
+            uuid=_uuid_text(fields.uuid),
+            parent_uuid=_uuid_text(fields.parent_uuid),
+            user_tag=fields.user_tag.rstrip(b"\0"),
+        )
+
+    def build(self) -> bytes:
+        """HEAD_SIZE bytes, as overlaybd writes them. FormatError for a value that does not fit its field."""
+        if not 0 <= self.virtual_size <= VIRTUAL_SIZE_MAX or self.virtual_size % SECTOR:
+            raise FormatError(f"impossible virtual size {self.virtual_size}")
+        if len(self.user_tag) > _TAG_MAX:
+            raise FormatError(f"user tag of {len(self.user_tag)} bytes, at most {_TAG_MAX} fit")
+        for uuid in (self.uuid, self.parent_uuid):
+            if uuid and not _UUID.fullmatch(uuid):
+                raise FormatError(f"not a UUID: {uuid!r}")
+        head: bytes = _HEAD.build(
+            {
+                "magic": _MAGIC,
+                "size": _DEFINED_SIZE,
+                "flags": self.flags,
+                "index_offset": self.index_offset,
+                "index_count": self.index_count,
+                "virtual_size": self.virtual_size,
+                "uuid": self.uuid.encode().ljust(37, b"\0"),
+                "parent_uuid": self.parent_uuid.encode().ljust(37, b"\0"),
+                "version": _VERSION[0],
+                "sub_version": _VERSION[1],
+                "user_tag": self.user_tag.ljust(_TAG_MAX, b"\0"),
+            }
+        )
+        return head
+
+
+def is_lsmt(head: bytes) -> bool:
+    """Whether a file that starts with these bytes (24 or more) claims to be LSMT."""
+    return head.startswith(_MAGIC)
+
+
+class Segment(NamedTuple):
+    """One index entry, in sectors. `zeroed`: reads as zeros, stores nothing. `tag`: which file moffset is in."""
+
+    offset: int
+    length: int
+    moffset: int
+    zeroed: bool
+    tag: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+    @property
+    def mend(self) -> int:
+        return self.moffset if self.zeroed else self.moffset + self.length
+
+    def cut(self, start: int, end: int) -> Segment:
+        """The part within [start, end), which must not be empty."""
+        first = max(start, self.offset)
+        skipped = 0 if self.zeroed else first - self.offset
+        return Segment(first, min(end, self.end) - first, self.moffset + skipped, self.zeroed, self.tag)
+
+
+def pack_segment(segment: Segment) -> bytes:
+    """ENTRY_SIZE bytes."""
+    offset, length, moffset, zeroed, tag = segment
+    if not (0 <= offset < _OFFSET_MASK and 0 <= length <= LENGTH_MAX and 0 <= moffset <= _MOFFSET_MASK and tag < 256):
+        raise FormatError(f"no LSMT entry can hold {segment}")
+    return _ENTRY.pack(offset | length << _OFFSET_BITS, moffset | zeroed << _MOFFSET_BITS | tag << 56)
+
+
+def pack(segments: Iterable[Segment]) -> bytes:
+    """A table without padding."""
+    return b"".join(map(pack_segment, segments))
+
+
+def unpack(table: bytes | memoryview) -> Iterator[Segment]:
+    """The entries of a table (a multiple of ENTRY_SIZE bytes), padding left out, unchecked."""
+    for low, high in _ENTRY.iter_unpack(table):
+        offset = low & _OFFSET_MASK
+        if offset != _OFFSET_MASK:
+            zeroed = bool(high >> _MOFFSET_BITS & 1)
+            yield Segment(offset, low >> _OFFSET_BITS, high & _MOFFSET_MASK, zeroed, high >> 56)
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """An opened committed or sealed layer; bytes. extent_limit: entries may not end past it (0 = no limit)."""
+
+    head: Head  # the trailer: what counts
+    header: Head
+    index_offset: int
+    index_count: int
+    data_end: int
+    extent_limit: int
+
+
+@dataclass(frozen=True)
+class Log:
+    """An opened read-write pair; bytes. The index lies in the index file, data_end is of the data file."""
+
+    head: Head
+    index_offset: int
+    index_count: int
+    data_end: int
+
+
+def open_sealed(r: ReadAt) -> Sealed:
+    """Check all that can be checked without reading the table; FormatError says what is wrong."""
+    if r.size < 2 * HEAD_SIZE:
+        raise FormatError(f"{r.size} bytes are too few for an LSMT layer")
+    header = Head.parse(r.read_at(0, HEAD_SIZE))
+    if header.flags & LOG_DATA_HEADER != LOG_DATA_HEADER:
+        raise FormatError("the LSMT header is not that of a layer", 28)
+    end = r.size - HEAD_SIZE
+    try:
+        trailer = Head.parse(r.read_at(end, HEAD_SIZE))
+    except FormatError as error:
+        raise FormatError(f"LSMT trailer: {error.what}", end + (error.offset or 0)) from error
+    if trailer.flags & COMMIT_HEADER != SEALED_TRAILER:
+        raise FormatError("the LSMT trailer is not that of a sealed layer", end + 28)
+    if trailer.index_count > SEALED_ENTRIES_MAX:
+        raise FormatError(f"{trailer.index_count} index entries, at most {SEALED_ENTRIES_MAX}", end + 40)
+    index_end = trailer.index_offset + ENTRY_SIZE * trailer.index_count
+    if trailer.index_offset < HEAD_SIZE or index_end > end:
+        raise FormatError("the index does not lie between header and trailer", end + 32)
+    if end - index_end >= _GAP_MAX:
+        raise FormatError(f"index_size too small: {end - index_end} bytes between index and trailer", end + 40)
+    # A wrong virtual size has no checksum against it, but the header carries it a second time.
+    limit = trailer.virtual_size if header.virtual_size != trailer.virtual_size else 0
+    if header.virtual_size and trailer.index_count and not trailer.virtual_size:
+        raise FormatError("mappings in a layer of no size", end + 48)
+    return Sealed(trailer, header, trailer.index_offset, trailer.index_count, trailer.index_offset, limit)
+
+
+def open_log(index: ReadAt, data: ReadAt) -> Log:
+    """Open an append-only pair. A torn last index entry is left out, as no reader ever saw it whole."""
+    head = Head.parse(index.read_at(0, HEAD_SIZE))
+    if head.flags & COMMIT_HEADER != LOG_INDEX_HEADER:
+        raise FormatError("the LSMT header is not that of an index file", 28)
+    data_head = Head.parse(data.read_at(0, HEAD_SIZE))
+    if data_head.flags & LOG_DATA_HEADER != LOG_DATA_HEADER:
+        raise FormatError("the LSMT header is not that of a data file", 28)
+    if (head.flags | data_head.flags) & IS_SPARSE:
+        raise FormatError("sparse read-write layers are not supported", 28)
+    if head.uuid != data_head.uuid:
+        raise FormatError(f"index file {head.uuid} and data file {data_head.uuid} are no pair", 56)
+    count = (index.size - HEAD_SIZE) // ENTRY_SIZE
+    if count > LOG_ENTRIES_MAX:
+        raise FormatError(f"{count} index entries, at most {LOG_ENTRIES_MAX}")
+    return Log(head, HEAD_SIZE, count, data.size)
+
+
+def read_segments(r: ReadAt, sealed: Sealed) -> list[Segment]:
+    """The sorted index of an ordinary layer, checked; tags are cleared, as they mean nothing there."""
+    segments: list[Segment] = []
+    last_end = 0
+    last_sector = sealed.data_end // SECTOR
+    for segment in _read_table(r, sealed.index_offset, sealed.index_count):
+        place = f"index entry {len(segments)} {tuple(segment)}"
+        if segment.length == 0:
+            raise FormatError(f"{place}: zero length", sealed.index_offset)
+        if segment.offset < last_end:
+            raise FormatError(f"{place}: overlaps or precedes the one before", sealed.index_offset)
+        if segment.moffset < HEAD_SECTORS or segment.mend > last_sector:
+            raise FormatError(f"{place}: outside the data area", sealed.index_offset)
+        if sealed.extent_limit and segment.end * SECTOR > sealed.extent_limit:
+            raise FormatError(f"{place}: past the virtual size {sealed.extent_limit}", sealed.index_offset)
+        last_end = segment.end
+        segments.append(segment._replace(tag=0))
+    return segments
+
+
+def read_log(index: ReadAt, log: Log) -> Iterator[Segment]:
+    """The chronological entries of a pair, checked; empty ones left out, tags cleared. Replay gives the live map."""
+    last_sector = log.data_end // SECTOR
+    for segment in _read_table(index, log.index_offset, log.index_count):
+        if segment.length == 0:
+            continue
+        if segment.moffset < HEAD_SECTORS or segment.mend > last_sector:
+            raise FormatError(f"index entry {tuple(segment)}: outside the data file", log.index_offset)
+        yield segment._replace(tag=0)
+
+
+def _read_table(r: ReadAt, offset: int, count: int) -> Iterator[Segment]:
+    for first in range(0, count, _READ_ENTRIES):
+        entries = min(_READ_ENTRIES, count - first)
+        yield from unpack(r.read_at(offset + first * ENTRY_SIZE, entries * ENTRY_SIZE))
+
+
+def _uuid_text(field: bytes) -> str:
+    text = field.split(b"\0", 1)[0].decode("latin-1")
+    return text if _UUID.fullmatch(text) else ""

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The presence map: which extents of a cached blob are there, and their checksums.
+
+Layout in docs/formats/presence-map.md. This module owns the 512-byte head; the table
+behind it is read and written by the engine (native/cache.c). A head with a wrong CRC,
+an unknown version or another extent size is a FormatError: the owner starts an empty map.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import construct as c
+
+from formats.crc32c import standard
+from formats.errors import FormatError
+
+HEAD_SIZE = 512
+TABLE_OFFSET = 4096  # own page: a torn write of the head leaves the table alone
+EXTENT_SIZE = 65536
+VERSION = 1
+
+_MAGIC = b"OCIBLKPM"
+_VERIFIED = 1
+_CRC_OFFSET = HEAD_SIZE - 4
+_SIZE_LIMIT = 1 << 63  # file offsets are signed
+_DIGEST_SIZE = 144  # "sha512:" and 128 hex digits fit
+_DIGEST = re.compile(r"[a-z0-9]+(?:[+._-][a-z0-9]+)*:[0-9a-f]{32,128}")
+
+_HEAD = c.Struct(
+    "magic" / c.Bytes(8),
+    "version" / c.Int32ul,
+    "extent_size" / c.Int32ul,
+    "size" / c.Int64ul,
+    "flags" / c.Int32ul,
+    c.Padding(4),
+    "digest" / c.Bytes(_DIGEST_SIZE),
+    c.Padding(_CRC_OFFSET - 176),
+    "crc" / c.Int32ul,
+)
+
+
+@dataclass(frozen=True)
+class Head:
+    """Whose map this is. `verified`: the whole blob was there once and its digest matched."""
+
+    blob_digest: str
+    size: int
+    verified: bool
+
+    def build(self) -> bytes:
+        """HEAD_SIZE bytes. FormatError if the digest or the size cannot be written."""
+        if not _DIGEST.fullmatch(self.blob_digest) or len(self.blob_digest) > _DIGEST_SIZE:
+            raise FormatError(f"not a digest: {self.blob_digest!r}")
+        if not 0 <= self.size < _SIZE_LIMIT:
+            raise FormatError(f"impossible blob size {self.size}")
+        fields = {
+            "magic": _MAGIC,
+            "version": VERSION,
+            "extent_size": EXTENT_SIZE,
+            "size": self.size,
+            "flags": _VERIFIED if self.verified else 0,
+            "digest": self.blob_digest.encode().ljust(_DIGEST_SIZE, b"\0"),
+            "crc": 0,
+        }
+        head: bytes = _HEAD.build(fields)
+        return head[:_CRC_OFFSET] + standard(head[:_CRC_OFFSET]).to_bytes(4, "little")
+
+    @classmethod
+    def parse(cls, head: bytes) -> Head:
+        """The first HEAD_SIZE bytes of a map file."""
+        if len(head) != HEAD_SIZE:
+            raise FormatError(f"presence map head is {len(head)} bytes, not {HEAD_SIZE}")
+        fields = _HEAD.parse(head)
+        if fields.magic != _MAGIC:
+            raise FormatError("not a presence map", 0)
+        if fields.crc != standard(head[:_CRC_OFFSET]):
+            raise FormatError("presence map head fails its checksum", _CRC_OFFSET)
+        if fields.version != VERSION:
+            raise FormatError(f"presence map version {fields.version}, this program knows {VERSION}", 8)
+        if fields.extent_size != EXTENT_SIZE:
+            raise FormatError(f"presence map has extents of {fields.extent_size} bytes, not {EXTENT_SIZE}", 12)
+        digest = fields.digest.rstrip(b"\0").decode("latin-1")
+        if not _DIGEST.fullmatch(digest) or fields.size >= _SIZE_LIMIT:
+            raise FormatError("presence map names no blob", 16)
+        return cls(digest, fields.size, bool(fields.flags & _VERIFIED))
+
+
+def extent_count(size: int) -> int:
+    """Table entries of a blob of `size` bytes."""
+    return -(-size // EXTENT_SIZE)
+
+
+def map_size(size: int) -> int:
+    """Bytes of the whole map file for a blob of `size` bytes."""
+    return TABLE_OFFSET + 4 * extent_count(size)
+
+
+def extent_entry(extent: bytes | memoryview) -> int:
+    """The table entry that says these bytes are present: their CRC32C, and 1 where that is 0."""
+    return standard(extent) or 1
