@@ -4,15 +4,16 @@
 Three shapes: committed and sealed layers (one file, index and trailer at its end) and
 the append-only read-write pair (data file, chronological index file). Heads are parsed
 here; at run time the engine reads the tables (native/index.c), so read_segments() and
-read_log() are the slow readers that judge it. docs/formats/lsmt.md.
+read_log() are the slow readers that judge it. commit() writes the first shape; pair.py
+writes the others. docs/formats/lsmt.md.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import construct as c
@@ -27,6 +28,7 @@ ENTRY_SIZE = 16
 SEALED_ENTRIES_MAX = 1_000_000  # every reader's limit, padding included
 LOG_ENTRIES_MAX = 128_000_000
 LENGTH_MAX = 16383  # sectors of one entry: 14 bits
+COMMIT_STEP = 64 * SECTOR  # bytes commit copies at a time; each step starts as an entry of its own
 VIRTUAL_SIZE_MAX = SECTOR << 50  # 50-bit sector addresses
 NULL_UUID = "00000000-0000-0000-0000-000000000000"
 
@@ -46,6 +48,8 @@ _VERSION = (1, 1)
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 _TAG_MAX = 256
 _GAP_MAX = 4096  # between index and trailer: sealing rounds up to 512, so a page's worth is a wrong count
+_INDEX_UNIT = 256  # a committed index is padded to whole 4096 bytes
+_COPY_SIZE = 32 * COMMIT_STEP  # 1 MiB
 _READ_ENTRIES = 65536  # entries read at a time: 1 MiB
 
 _HEAD = c.Struct(
@@ -164,7 +168,9 @@ class Segment(NamedTuple):
 def pack_segment(segment: Segment) -> bytes:
     """ENTRY_SIZE bytes."""
     offset, length, moffset, zeroed, tag = segment
-    if not (0 <= offset < _OFFSET_MASK and 0 <= length <= LENGTH_MAX and 0 <= moffset <= _MOFFSET_MASK and tag < 256):
+    if not (
+        0 <= offset < _OFFSET_MASK and 0 <= length <= LENGTH_MAX and 0 <= moffset <= _MOFFSET_MASK and 0 <= tag < 256
+    ):
         raise FormatError(f"no LSMT entry can hold {segment}")
     return _ENTRY.pack(offset | length << _OFFSET_BITS, moffset | zeroed << _MOFFSET_BITS | tag << 56)
 
@@ -291,3 +297,82 @@ def _read_table(r: ReadAt, offset: int, count: int) -> Iterator[Segment]:
 def _uuid_text(field: bytes) -> str:
     text = field.split(b"\0", 1)[0].decode("latin-1")
     return text if _UUID.fullmatch(text) else ""
+
+
+class CommitWriter:
+    """Writes a committed layer from its live map in order, to the byte as overlaybd does, and strictly forwards.
+
+    `head` gives virtual size, UUIDs and tag; its flags and index fields are not used.
+    Offsets and lengths are in sectors. Not thread-safe.
+    """
+
+    def __init__(self, write: Callable[[bytes], object], head: Head) -> None:
+        self._write = write
+        self._head = head
+        self._position = HEAD_SECTORS
+        self._index = bytearray()
+        self._pending: Segment | None = None
+        self._write(replace(head, flags=COMMIT_HEADER, index_offset=0, index_count=0).build())
+
+    def data(self, offset: int, content: bytes, tag: int = 0) -> None:
+        """Stored sectors. Give a long run in pieces that are multiples of COMMIT_STEP bytes: coalescing joins them."""
+        if len(content) % SECTOR:
+            raise FormatError(f"{len(content)} bytes are no whole sectors")
+        for start in range(0, len(content), COMMIT_STEP):
+            length = min(COMMIT_STEP, len(content) - start) // SECTOR
+            self._emit(Segment(offset + start // SECTOR, length, self._position, False, tag))
+            self._position += length
+        self._write(content)
+
+    def zeroed(self, offset: int, length: int, tag: int = 0) -> None:
+        """Sectors that read as zeros and mask lower layers."""
+        for start in range(offset, offset + length, LENGTH_MAX):
+            part = min(LENGTH_MAX, offset + length - start)
+            self._emit(Segment(start, part, self._position, True, tag))
+
+    def finish(self) -> Head:
+        """Write index and trailer; the trailer's head. FormatError if no reader would open so many entries."""
+        self._flush()
+        short = -(len(self._index) // ENTRY_SIZE) % _INDEX_UNIT
+        table = bytes(self._index) + PADDING_ENTRY * short
+        count = len(table) // ENTRY_SIZE
+        if count > SEALED_ENTRIES_MAX:
+            raise FormatError(f"{count} index entries, no reader takes more than {SEALED_ENTRIES_MAX}")
+        index_offset = self._position * SECTOR
+        trailer = replace(self._head, flags=SEALED_TRAILER, index_offset=index_offset, index_count=count)
+        self._write(table)
+        self._write(trailer.build())
+        return trailer
+
+    def _emit(self, segment: Segment) -> None:
+        last = self._pending
+        if last and segment.offset < last.end:
+            raise FormatError(f"sector {segment.offset} written after {last.end - 1}")
+        if last and _joinable(last, segment):
+            self._pending = last._replace(length=last.length + segment.length)
+            return
+        self._flush()
+        self._pending = segment
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._index += pack_segment(self._pending)
+
+
+def _joinable(a: Segment, b: Segment) -> bool:
+    adjacent = a.end == b.offset and a.mend == b.moffset
+    return adjacent and (a.zeroed, a.tag) == (b.zeroed, b.tag) and a.length + b.length < LENGTH_MAX
+
+
+def commit(live: Iterable[Segment], sources: Sequence[ReadAt], write: Callable[[bytes], object], head: Head) -> Head:
+    """Copy a live map into a committed layer; an entry's tag is its data file's place in `sources`."""
+    writer = CommitWriter(write, head)
+    for segment in live:
+        if segment.zeroed:
+            writer.zeroed(segment.offset, segment.length, segment.tag)
+            continue
+        for done in range(0, segment.length * SECTOR, _COPY_SIZE):
+            size = min(_COPY_SIZE, segment.length * SECTOR - done)
+            content = sources[segment.tag].read_at(segment.moffset * SECTOR + done, size)
+            writer.data(segment.offset + done // SECTOR, content, segment.tag)
+    return writer.finish()
