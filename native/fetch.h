@@ -53,14 +53,15 @@ int fetch_wait(struct ob_engine *engine, int (*attempt)(void *argument), void (*
 
 struct fetch_queue {
 	pthread_mutex_t lock;
-	pthread_cond_t wake;            /* fetch threads: work or budget arrived */
+	pthread_cond_t wake[2];         /* fetch threads: [1] those that take foreground only */
+	uint32_t idle[2];               /* ... and how many of each wait */
 	pthread_cond_t settled;         /* a cache write has ended */
 	pthread_cond_t tick;            /* the clock: somebody began to wait */
 	pthread_t clock;
-	struct fetch *head[OB_BULK + 1], **tail[OB_BULK + 1];
+	struct fetch *head[OB_BULK + 1], *tail[OB_BULK + 1];
 	struct parked *parked;
 	uint64_t lent_bytes;
-	struct fetch *kept, **kept_tail; /* buffers that could not be written, oldest first */
+	struct fetch *kept;             /* buffers that could not be written, newest first */
 	uint64_t kept_bytes;
 	int stopping;
 };
@@ -73,17 +74,26 @@ void fetch_queue_close(struct ob_engine *engine);
 
 /* ---- for cache.c; the queue's lock is held ---- */
 
-/* Wait for `extent`, missing, on behalf of `parked` (NULL: nobody waits). */
-void fetch_want(struct ob_blob *blob, uint64_t extent, int priority, struct parked *parked);
+/* Have what is missing of extents [first, last] fetched, on behalf of `parked` (NULL:
+ * nobody waits). Sequential foreground readers get read-ahead. */
+void fetch_want(struct ob_blob *blob, uint64_t first, uint64_t last, int priority, struct parked *parked);
 /* Where a resident extent's bytes are. */
 const uint8_t *fetch_resident(struct ob_blob *blob, uint64_t extent);
 /* The fetch that holds a resident extent is writing it: the extent may not change. */
 int fetch_writing(struct ob_blob *blob, uint64_t extent);
 /* Extents of the blob became readable: collect whose wait is over. */
 struct parked *fetch_settle(struct ob_blob *blob);
+/* What a claimed extent goes back to: FETCHING if a fetch still covers it, else ABSENT. */
+uint32_t fetch_owner_kind(const struct ob_blob *blob, uint64_t extent);
+/* The cache could not be written: said once, until a write succeeds again. */
+void fetch_write_failed(struct ob_blob *blob, int error);
+
+/* ---- no lock held ---- */
+
+/* A reader has come to a marked extent: ask for its stream's next window. */
+void fetch_ahead(struct ob_blob *blob, uint64_t extent);
 /* Nobody uses the blob any more: forget what is queued for it. */
 void fetch_forget(struct ob_blob *blob);
-/* ---- no lock held ---- */
 void parked_ready(struct parked *list);
 
 #endif
