@@ -1,0 +1,48 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * index.h: which sectors of an image are where: the LSMT tables of all its layers, merged.
+ *
+ * Built once, layer by layer from the bottom, by one thread; immutable afterwards, so
+ * that any number of threads look up without a lock.
+ */
+#ifndef OB_INDEX_H
+#define OB_INDEX_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "ob.h"
+
+/* One mapping, packed as on disk (overlaybd.md 1.2), with the layer's position in the
+ * stack for a tag:  lo = offset | length << 50   hi = moffset | zeroed << 55 | layer << 56
+ * offset, length and moffset are sectors; moffset of a zeroed mapping is 0. */
+struct segment {
+	uint64_t lo, hi;
+};
+
+struct index {
+	struct segment *entries;   /* sorted, not overlapping, none empty */
+	size_t count;
+};
+
+/* A piece of an answered lookup. */
+struct run {
+	uint64_t offset_sectors;
+	uint64_t length_sectors;
+	uint64_t moffset_sectors;  /* of OB_RUN_DATA: place in the layer's file */
+	int kind;                  /* OB_RUN_* */
+	int layer;                 /* of OB_RUN_DATA and OB_RUN_ZERO; else -1 */
+};
+
+/* Waits. Reads and checks the layer's table and lays it over what the index has, as layer
+ * `number`. -EBADMSG names the bad entry, not the layer. After a failure the index may
+ * only be freed. A zeroed `struct index` is an empty one. */
+int index_add_layer(struct index *index, const ob_layer *layer, uint32_t number);
+void index_free(struct index *index);
+
+/* Map [first_sector, end_sector), at most 2^50 sectors, to at most max runs: they start at
+ * first_sector and have no gaps. Returns how many. Never waits. */
+size_t index_lookup(const struct index *index, uint64_t first_sector, uint64_t end_sector,
+                    struct run *runs, size_t max);
+
+#endif
