@@ -39,8 +39,8 @@
 /* Of all layers merged: 160 MB. The largest image seen has 400,000; without a limit, 255
  * hostile layers of a few KiB each, compressed, could make 4 GB. */
 #define INDEX_ENTRIES_MAX 10000000u
-/* Log entries resolved at one time: 14 MB of work space. */
-#define LOG_CHUNK (512u << 10)
+/* Entries of a log or a flat layer laid over at one time: at most 28 MB of work space. */
+#define CHUNK (512u << 10)
 /* Table bytes read at one time, a multiple of an entry's size. */
 #define PIECE (1u << 20)
 /* Mappings made for a layer without an index; a multiple of any ZFile block (64 KiB). */
@@ -380,8 +380,8 @@ static int add_chunks(struct index *index, const ob_layer *layer, const struct b
 {
 	int status = 0;
 
-	for (uint64_t first = 0; status == 0 && first < layer->index_count; first += LOG_CHUNK) {
-		c->count = min_u64(LOG_CHUNK, layer->index_count - first);
+	for (uint64_t first = 0; status == 0 && first < layer->index_count; first += CHUNK) {
+		c->count = min_u64(CHUNK, layer->index_count - first);
 		status = table_read(layer, first, c->count, c->table);
 		if (status == 0)
 			status = chunk_check(c, bounds, first);
@@ -399,7 +399,7 @@ static int add_log(struct index *index, const ob_layer *layer, const struct boun
 	if (status < 0)
 		return status;
 
-	size_t room = min_u64(LOG_CHUNK, max_u64(layer->index_count, 1));
+	size_t room = min_u64(CHUNK, max_u64(layer->index_count, 1));
 	struct chunk chunk = {.table = malloc(room * sizeof(*chunk.table)),
 	                      .order = malloc(room * sizeof(*chunk.order)),
 	                      .heap = malloc(room * sizeof(*chunk.heap)),
@@ -421,19 +421,24 @@ static int add_flat(struct index *index, const ob_layer *layer, const struct bou
 {
 	uint64_t sectors = div_up(ob_file_size(layer->file), SECTOR);
 	uint64_t count = div_up(sectors, FLAT_LENGTH);
+	int status = 0;
 
 	if (count > INDEX_ENTRIES_MAX || sectors > bounds->limit)
 		return status_set(EBADMSG, "flat layer: %llu sectors: too large", (unsigned long long)sectors);
-	struct segment *table = malloc(max_u64(count, 1) * sizeof(*table));
+	struct segment *table = malloc(min_u64(CHUNK, max_u64(count, 1)) * sizeof(*table));
 	if (!table)
 		return status_set(ENOMEM, "index: no memory for %llu entries", (unsigned long long)count);
-	for (uint64_t i = 0; i < count; i++) {
-		uint64_t offset = i * FLAT_LENGTH;
-		uint64_t length = min_u64(FLAT_LENGTH, sectors - offset);
+	for (uint64_t offset = 0; status == 0 && offset < sectors;) {
+		size_t filled = 0;
 
-		table[i] = (struct segment){offset | length << OFFSET_BITS, bounds->tag | offset};
+		for (; offset < sectors && filled < CHUNK; filled++) {
+			uint64_t length = min_u64(FLAT_LENGTH, sectors - offset);
+
+			table[filled] = (struct segment){offset | length << OFFSET_BITS, bounds->tag | offset};
+			offset += length;
+		}
+		status = lay_over(index, table, filled);
 	}
-	int status = lay_over(index, table, count);
 	free(table);
 	return status;
 }
