@@ -13,6 +13,7 @@
 
 #include "crc32c.h"
 #include "engine.h"
+#include "readahead.h"
 #include "status.h"
 
 enum {
@@ -348,7 +349,7 @@ static int extent_read(struct ob_blob *blob, uint64_t extent, uint64_t skip, uin
 		if (rotted)
 			extent_rotted(blob, extent);
 		else if (state & EXTENT_MARK)
-			fetch_ahead(blob, extent);
+			readahead_mark(blob, extent);
 		return error;
 	}
 	atomic_fetch_sub(&blob->state[extent], EXTENT_PIN);
@@ -457,7 +458,7 @@ int blob_read(struct ob_blob *blob, uint64_t offset, void *buffer, uint64_t leng
 {
 	struct blob_read_call call = { .blob = blob, .offset = offset, .length = length, .buffer = buffer };
 
-	return fetch_wait(blob->engine, blob_attempt, blob_miss, &call);
+	return parked_wait(blob->engine, blob_attempt, blob_miss, &call);
 }
 
 int ob_blob_read(struct ob_blob *blob, uint64_t offset, void *buffer, uint64_t length)
@@ -514,7 +515,7 @@ static uint64_t extents_claim(struct ob_blob *blob, uint64_t first, uint64_t end
 static int extents_store(struct ob_blob *blob, uint64_t first, uint64_t count, const uint8_t *bytes)
 {
 	struct fetch_queue *queue = &blob->engine->fetch;
-	struct parked *ready;
+	struct parked *ready = NULL;
 	int error = extents_write(blob, first, count, bytes);
 
 	pthread_mutex_lock(&queue->lock);
@@ -526,7 +527,7 @@ static int extents_store(struct ob_blob *blob, uint64_t first, uint64_t count, c
 		fetch_write_failed(blob, error);
 	else
 		extents_arrived(blob, count);
-	ready = fetch_settle(blob);
+	parked_settle(blob, &ready);
 	pthread_cond_broadcast(&queue->settled);
 	pthread_mutex_unlock(&queue->lock);
 	parked_ready(ready);

@@ -30,6 +30,13 @@ int64_t engine_now(void)
 	return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
+void engine_wait_until(pthread_cond_t *condition, pthread_mutex_t *lock, int64_t until_ns)
+{
+	struct timespec at = { .tv_sec = until_ns / 1000000000, .tv_nsec = until_ns % 1000000000 };
+
+	pthread_cond_timedwait(condition, lock, &at);
+}
+
 int engine_thread(pthread_t *thread, const char *name, void *(*run)(void *), void *argument)
 {
 	pthread_attr_t attributes;

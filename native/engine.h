@@ -56,4 +56,7 @@ int engine_thread(pthread_t *thread, const char *name, void *(*run)(void *), voi
 /* Monotonic nanoseconds. */
 int64_t engine_now(void);
 
+/* Wait on a condition that uses the monotonic clock, at most until then. */
+void engine_wait_until(pthread_cond_t *condition, pthread_mutex_t *lock, int64_t until_ns);
+
 #endif

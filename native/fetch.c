@@ -11,49 +11,14 @@
 
 #include "cache.h"
 #include "engine.h"
+#include "list.h"
+#include "readahead.h"
 #include "status.h"
 
 enum {
 	FETCH_EXTENTS_MAX = 32,        /* 2 MiB: long enough that a round trip is paid seldom */
-	WINDOW_FIRST = 4,              /* extents of the first read-ahead; doubles from there */
-	STREAM_SLACK = 2,              /* a reader may skip this many extents and go on */
 	KEPT_BYTES_MAX = 16 << 20      /* fetched but not cacheable (disk full): kept in memory */
 };
-
-/* How often the deadlines of waiting requests are looked at. */
-static const int64_t TICK_NS = 50 * 1000000LL;
-
-struct fetch {
-	ob_fetch lent;                 /* first: what the fetch thread sees */
-	struct ob_blob *blob;          /* held */
-	struct fetch_queue *queue;
-	uint64_t first, count;         /* extents */
-	uint64_t published;            /* extents whose bytes are right */
-	enum { FETCH_QUEUED, FETCH_LENT, FETCH_KEPT } phase;
-	int writing;                   /* its thread is writing the cache */
-	int keep;                      /* some extent could not be written */
-	int64_t not_before_ns;
-	struct waiter *waiters;
-	struct fetch *next, *prev;             /* priority queue or kept list */
-	struct fetch *blob_next, *blob_prev;   /* the blob's fetches */
-};
-
-/* `parked` needs extents [first, last] of `fetch`. In both their lists. */
-struct waiter {
-	struct parked *parked;
-	struct fetch *fetch;
-	uint64_t first, last;
-	struct waiter *fetch_next, *fetch_prev;
-	struct waiter *parked_next;
-};
-
-#define LIST_ADD(head, item, next_field, prev_field) do { \
-	(item)->prev_field = NULL; (item)->next_field = (head); \
-	if (head) (head)->prev_field = (item); \
-	(head) = (item); } while (0)
-#define LIST_DEL(head, item, next_field, prev_field) do { \
-	if ((item)->prev_field) (item)->prev_field->next_field = (item)->next_field; else (head) = (item)->next_field; \
-	if ((item)->next_field) (item)->next_field->prev_field = (item)->prev_field; } while (0)
 
 /* ---- the queue ---- */
 
@@ -95,7 +60,7 @@ static void queue_promote(struct fetch_queue *queue, struct fetch *fetch, int pr
 	queue_push(queue, fetch);
 }
 
-static struct fetch *fetch_find(const struct ob_blob *blob, uint64_t extent)
+struct fetch *fetch_find(const struct ob_blob *blob, uint64_t extent)
 {
 	struct fetch *fetch = blob->fetches;
 
@@ -123,8 +88,6 @@ static struct fetch *fetch_new(struct ob_blob *blob, uint64_t first, uint64_t co
 	return fetch;
 }
 
-/* Fetches to be freed once the lock is open: with the last of them a blob may go, and
- * with the blob the engine that owns the lock. Chained by `next`. */
 static void fetch_discard(struct fetch *fetch, struct fetch **discarded)
 {
 	LIST_DEL(fetch->blob->fetches, fetch, blob_next, blob_prev);
@@ -132,7 +95,7 @@ static void fetch_discard(struct fetch *fetch, struct fetch **discarded)
 	*discarded = fetch;
 }
 
-static void fetch_free(struct fetch *discarded)
+void fetch_free(struct fetch *discarded)
 {
 	while (discarded) {
 		struct fetch *fetch = discarded;
@@ -144,187 +107,6 @@ static void fetch_free(struct fetch *discarded)
 		free(fetch);
 		blob_release(blob);
 	}
-}
-
-/* ---- waiting ---- */
-
-static void waiter_end(struct waiter *waiter, int failure)
-{
-	struct parked *parked = waiter->parked;
-	struct waiter **place = &parked->waiters;
-
-	LIST_DEL(waiter->fetch->waiters, waiter, fetch_next, fetch_prev);
-	while (*place != waiter)
-		place = &(*place)->parked_next;
-	*place = waiter->parked_next;
-	if (failure && !parked->failure)
-		parked->failure = failure;
-	parked->pending--;
-	free(waiter);
-}
-
-/* Off the clock's list, and onto the list of those to be told. */
-static void parked_collect(struct parked *parked, struct parked **ready)
-{
-	while (parked->waiters)
-		waiter_end(parked->waiters, 0);
-	if (parked->listed)
-		LIST_DEL(parked->engine->fetch.parked, parked, next, prev);
-	parked->listed = 0;
-	parked->next = *ready;
-	*ready = parked;
-}
-
-void parked_ready(struct parked *list)
-{
-	while (list) {
-		struct parked *parked = list;
-
-		list = list->next;
-		parked->ready(parked, parked->failure);
-	}
-}
-
-void parked_begin(struct parked *parked, struct ob_engine *engine)
-{
-	parked->engine = engine;
-	parked->pending = 1;
-	parked->failure = 0;
-	if (!parked->start_ns)
-		parked->start_ns = engine_now();
-}
-
-void parked_end(struct parked *parked)
-{
-	struct fetch_queue *queue = &parked->engine->fetch;
-	struct parked *ready = NULL;
-
-	pthread_mutex_lock(&queue->lock);
-	if (queue->stopping)
-		parked->failure = -ESHUTDOWN;
-	if (--parked->pending == 0 || parked->failure) {
-		parked_collect(parked, &ready);
-	} else {
-		if (!queue->parked)
-			pthread_cond_signal(&queue->tick);
-		LIST_ADD(queue->parked, parked, next, prev);
-		parked->listed = 1;
-	}
-	pthread_mutex_unlock(&queue->lock);
-	parked_ready(ready);
-}
-
-/* One waiter for each pair of parked and fetch; it grows with what is asked. */
-static void parked_join(struct parked *parked, struct fetch *fetch, uint64_t extent)
-{
-	struct waiter *waiter = parked->waiters;
-
-	while (waiter && waiter->fetch != fetch)
-		waiter = waiter->parked_next;
-	if (waiter) {
-		waiter->first = extent < waiter->first ? extent : waiter->first;
-		waiter->last = extent > waiter->last ? extent : waiter->last;
-		return;
-	}
-	waiter = calloc(1, sizeof(*waiter));
-	if (!waiter) {
-		parked->failure = -ENOMEM;
-		return;
-	}
-	*waiter = (struct waiter){ .parked = parked, .fetch = fetch, .first = extent, .last = extent,
-	                           .parked_next = parked->waiters };
-	parked->waiters = waiter;
-	LIST_ADD(fetch->waiters, waiter, fetch_next, fetch_prev);
-	parked->pending++;
-}
-
-static int waiter_served(const struct waiter *waiter)
-{
-	for (uint64_t extent = waiter->first; extent <= waiter->last; extent++) {
-		uint32_t kind = extent_kind(waiter->fetch->blob, extent);
-
-		if (kind == EXTENT_FETCHING || kind == EXTENT_STORING)
-			return 0;
-	}
-	return 1;
-}
-
-/* End the waits of a fetch that are over: all of them if it failed. */
-static void fetch_settle_one(struct fetch *fetch, int failure, struct parked **ready)
-{
-	struct waiter *waiter = fetch->waiters, *next;
-
-	for (; waiter; waiter = next) {
-		struct parked *parked = waiter->parked;
-
-		next = waiter->fetch_next;
-		if (!failure && !waiter_served(waiter))
-			continue;
-		waiter_end(waiter, failure);
-		/* Not listed: still between begin and end, which will see it. */
-		if (parked->listed && (parked->pending == 0 || parked->failure))
-			parked_collect(parked, ready);
-	}
-}
-
-struct parked *fetch_settle(struct ob_blob *blob)
-{
-	struct parked *ready = NULL;
-
-	for (struct fetch *fetch = blob->fetches; fetch; fetch = fetch->blob_next)
-		fetch_settle_one(fetch, 0, &ready);
-	return ready;
-}
-
-/* ---- blocking callers ---- */
-
-struct sleeper {
-	struct parked parked;
-	pthread_mutex_t lock;
-	pthread_cond_t wake;
-	int done, status;
-};
-
-static void sleeper_ready(struct parked *parked, int status)
-{
-	struct sleeper *sleeper = (struct sleeper *)parked;
-
-	pthread_mutex_lock(&sleeper->lock);
-	sleeper->done = 1;
-	sleeper->status = status;
-	pthread_cond_signal(&sleeper->wake);
-	pthread_mutex_unlock(&sleeper->lock);
-}
-
-int fetch_wait(struct ob_engine *engine, int (*attempt)(void *argument), void (*want)(void *argument, struct parked *parked),
-               void *argument)
-{
-	struct sleeper sleeper = { .parked = { .ready = sleeper_ready } };
-	int status = attempt(argument);
-
-	if (status != -EAGAIN)
-		return status;
-	pthread_mutex_init(&sleeper.lock, NULL);
-	pthread_cond_init(&sleeper.wake, NULL);
-	while (status == -EAGAIN) {
-		sleeper.done = 0;
-		parked_begin(&sleeper.parked, engine);
-		want(argument, &sleeper.parked);
-		parked_end(&sleeper.parked);
-		pthread_mutex_lock(&sleeper.lock);
-		while (!sleeper.done)
-			pthread_cond_wait(&sleeper.wake, &sleeper.lock);
-		pthread_mutex_unlock(&sleeper.lock);
-		if (sleeper.status == -ESHUTDOWN)
-			status = status_set(ESHUTDOWN, "read: the engine is stopping");
-		else if (sleeper.status)
-			status = status_set(-sleeper.status, "read: the source did not deliver in time: errno %d", -sleeper.status);
-		else
-			status = attempt(argument);
-	}
-	pthread_cond_destroy(&sleeper.wake);
-	pthread_mutex_destroy(&sleeper.lock);
-	return status;
 }
 
 /* ---- wanting ---- */
@@ -359,7 +141,7 @@ static void fetch_absent(struct ob_blob *blob, uint64_t first, uint64_t end, int
 	}
 }
 
-static void fetch_missing(struct ob_blob *blob, uint64_t first, uint64_t last, int priority)
+void fetch_missing(struct ob_blob *blob, uint64_t first, uint64_t last, int priority)
 {
 	for (uint64_t extent = first; extent <= last; extent++) {
 		uint64_t end = extent;
@@ -371,62 +153,6 @@ static void fetch_missing(struct ob_blob *blob, uint64_t first, uint64_t last, i
 			extent = end;
 		}
 	}
-}
-
-/* The stream a reader at [first, last] belongs to, or the one to use for a new reader. */
-static struct stream *stream_find(struct ob_blob *blob, uint64_t first)
-{
-	struct stream *oldest = &blob->streams[0];
-
-	for (int i = 0; i < STREAMS; i++) {
-		struct stream *stream = &blob->streams[i];
-
-		if (stream->used && first + stream->window + STREAM_SLACK >= stream->next && first <= stream->next + STREAM_SLACK)
-			return stream;
-		if (stream->used < oldest->used)
-			oldest = stream;
-	}
-	*oldest = (struct stream){ 0 };
-	return oldest;
-}
-
-/* Has the reader come to its stream's mark? It is taken away. */
-static int stream_marked(struct ob_blob *blob, uint64_t first, uint64_t last)
-{
-	uint32_t seen = 0;
-
-	for (uint64_t extent = first; extent <= last; extent++) {
-		if (atomic_load(&blob->state[extent]) & EXTENT_MARK)
-			seen |= atomic_fetch_and(&blob->state[extent], ~(uint32_t)EXTENT_MARK);
-	}
-	return (seen & EXTENT_MARK) != 0;
-}
-
-/* A foreground reader has come to [first, last], missing or marked. */
-static void stream_advance(struct ob_blob *blob, uint64_t first, uint64_t last)
-{
-	struct stream *stream = stream_find(blob, first);
-	uint64_t start, window, most = blob->engine->config.readahead_extents;
-	int marked = stream_marked(blob, first, last);
-
-	if (!stream->used) {
-		*stream = (struct stream){ .next = last + 1, .used = ++blob->stream_clock };
-		return;
-	}
-	stream->used = ++blob->stream_clock;
-	if (last + 1 < stream->next && !marked)
-		return; /* still inside the last window, and not at its mark */
-	window = stream->window ? stream->window * 2 : WINDOW_FIRST;
-	window = window < most ? window : most;
-	start = last + 1 > stream->next ? last + 1 : stream->next;
-	if (start >= blob->extents || !window)
-		return;
-	if (window > blob->extents - start)
-		window = blob->extents - start;
-	fetch_missing(blob, start, start + window - 1, OB_PREFETCH);
-	atomic_fetch_or(&blob->state[start], EXTENT_MARK);
-	stream->next = start + window;
-	stream->window = window;
 }
 
 void fetch_want(struct ob_blob *blob, uint64_t first, uint64_t last, int priority, struct parked *parked)
@@ -453,17 +179,7 @@ void fetch_want(struct ob_blob *blob, uint64_t first, uint64_t last, int priorit
 		parked_join(parked, fetch, extent);
 	}
 	if (parked && priority == OB_FOREGROUND)
-		stream_advance(blob, first, last);
-}
-
-void fetch_ahead(struct ob_blob *blob, uint64_t extent)
-{
-	struct fetch_queue *queue = &blob->engine->fetch;
-
-	pthread_mutex_lock(&queue->lock);
-	if (!queue->stopping && !blob->down && (atomic_load(&blob->state[extent]) & EXTENT_MARK))
-		stream_advance(blob, extent, extent);
-	pthread_mutex_unlock(&queue->lock);
+		readahead_reached(blob, first, last);
 }
 
 /* ---- giving up ---- */
@@ -471,8 +187,8 @@ void fetch_ahead(struct ob_blob *blob, uint64_t extent)
 /* What was not published becomes absent again; whoever waits for it gets `failure`. */
 static void fetch_abandon(struct fetch *fetch, int failure, struct parked **ready)
 {
-	fetch_settle_one(fetch, 0, ready);
-	fetch_settle_one(fetch, failure, ready);
+	parked_settle_fetch(fetch, 0, ready);
+	parked_settle_fetch(fetch, failure, ready);
 	for (uint64_t i = fetch->published; i < fetch->count; i++) {
 		if (extent_kind(fetch->blob, fetch->first + i) == EXTENT_FETCHING)
 			extent_set(fetch->blob, fetch->first + i, EXTENT_ABSENT, EXTENT_MARK);
@@ -495,91 +211,18 @@ static void fetch_cancel(struct ob_blob *blob, struct parked **ready, struct fet
 }
 
 /* The policy has run out: nobody waits for this blob any more, until it is well again. */
-static void blob_go_down(struct ob_blob *blob, struct parked **ready, struct fetch **discarded)
+void fetch_go_down(struct ob_blob *blob, struct parked **ready, struct fetch **discarded)
 {
 	blob->down = 1;
 	engine_post(blob->engine, OB_EVENT_BLOB_DOWN, 0, blob->id);
 	for (struct fetch *fetch = blob->fetches; fetch; fetch = fetch->blob_next)
-		fetch_settle_one(fetch, -EIO, ready);
+		parked_settle_fetch(fetch, -EIO, ready);
 	fetch_cancel(blob, ready, discarded);
 }
 
-static int blob_past_policy(const struct ob_blob *blob, int64_t now)
+int fetch_past_policy(const struct ob_blob *blob, int64_t now)
 {
 	return blob->policy == OB_POLICY_EIO && blob->failing_since && now - blob->failing_since >= blob->policy_ns;
-}
-
-/* When a request that waits for this blob has waited long enough. */
-static int64_t waiter_deadline(const struct waiter *waiter)
-{
-	const struct ob_blob *blob = waiter->fetch->blob;
-	int64_t from = waiter->parked->start_ns;
-
-	if (blob->policy == OB_POLICY_HANG)
-		return INT64_MAX;
-	if (blob->policy == OB_POLICY_EIO) {
-		/* Healthy but slow: as long as bytes arrive, nobody is failed. */
-		if (blob->failing_since)
-			from = blob->failing_since;
-		else if (blob->progress_ns > from)
-			from = blob->progress_ns;
-	}
-	return from > INT64_MAX - blob->policy_ns ? INT64_MAX : from + blob->policy_ns;
-}
-
-static void clock_check(struct fetch_queue *queue, struct parked **ready, struct fetch **discarded)
-{
-	int64_t now = engine_now();
-	struct parked *parked = queue->parked, *next;
-
-	for (; parked; parked = next) {
-		next = parked->next;
-		for (struct waiter *waiter = parked->waiters; waiter; waiter = waiter->parked_next) {
-			struct ob_blob *blob = waiter->fetch->blob;
-
-			if (now < waiter_deadline(waiter))
-				continue;
-			if (blob_past_policy(blob, now) && !blob->down) {
-				/* Changes the list under us: the next tick sees to the others. */
-				blob_go_down(blob, ready, discarded);
-				return;
-			}
-			parked->failure = -EIO;
-			parked_collect(parked, ready);
-			break;
-		}
-	}
-}
-
-static void cond_wait_ns(pthread_cond_t *cond, pthread_mutex_t *lock, int64_t until_ns)
-{
-	struct timespec at = { .tv_sec = until_ns / 1000000000, .tv_nsec = until_ns % 1000000000 };
-
-	pthread_cond_timedwait(cond, lock, &at);
-}
-
-static void *clock_run(void *argument)
-{
-	struct fetch_queue *queue = &((struct ob_engine *)argument)->fetch;
-
-	pthread_mutex_lock(&queue->lock);
-	while (!queue->stopping) {
-		struct parked *ready = NULL;
-		struct fetch *discarded = NULL;
-
-		if (!queue->parked) {
-			pthread_cond_wait(&queue->tick, &queue->lock);
-			continue;
-		}
-		cond_wait_ns(&queue->tick, &queue->lock, engine_now() + TICK_NS);
-		clock_check(queue, &ready, &discarded);
-		pthread_mutex_unlock(&queue->lock);
-		parked_ready(ready);
-		fetch_free(discarded);
-		pthread_mutex_lock(&queue->lock);
-	}
-	pthread_mutex_unlock(&queue->lock);
-	return NULL;
 }
 
 /* ---- the border ---- */
@@ -656,11 +299,12 @@ int ob_fetch_next(struct ob_engine *engine, int lowest, int64_t timeout_ns, ob_f
 		}
 		fetch = queue_pick(queue, lowest, engine->config.fetch_bytes, &wait_until);
 		if (!fetch) {
-			if (engine_now() >= until)
+			if (engine_now() >= until) {
 				status = -ETIMEDOUT;
+				break;
+			}
 			queue->idle[kind]++;
-			if (status == -EAGAIN)
-				cond_wait_ns(&queue->wake[kind], &queue->lock, wait_until);
+			engine_wait_until(&queue->wake[kind], &queue->lock, wait_until);
 			queue->idle[kind]--;
 		} else if (fetch_trim(fetch)) {
 			status = fetch_lend(fetch);
@@ -725,7 +369,7 @@ int ob_fetch_advance(ob_fetch *lent, uint64_t filled)
 	struct fetch *fetch = (struct fetch *)lent;
 	struct ob_blob *blob = fetch->blob;
 	uint64_t from = fetch->published, to;
-	struct parked *ready;
+	struct parked *ready = NULL;
 
 	if (filled > lent->length)
 		return status_set(EINVAL, "advance fetch: %llu bytes: more than the %llu lent", (unsigned long long)filled,
@@ -741,7 +385,8 @@ int ob_fetch_advance(ob_fetch *lent, uint64_t filled)
 		blob->fetched_bytes += extent_length(blob, fetch->first + i);
 	}
 	fetch->published = to > from ? to : from;
-	ready = to > from ? fetch_settle(blob) : NULL;
+	if (to > from)
+		parked_settle(blob, &ready);
 	pthread_mutex_unlock(&fetch->queue->lock);
 	parked_ready(ready);
 	if (to > from)
@@ -798,7 +443,6 @@ void fetch_forget(struct ob_blob *blob)
 static int fetch_requeue(struct fetch *fetch, int64_t retry_ns)
 {
 	struct fetch *rest = calloc(1, sizeof(*rest));
-	struct waiter *waiter = fetch->waiters;
 
 	if (!rest)
 		return -ENOMEM;
@@ -810,10 +454,7 @@ static int fetch_requeue(struct fetch *fetch, int64_t retry_ns)
 	rest->lent.priority = fetch->lent.priority;
 	rest->lent.attempt = fetch->lent.attempt + 1;
 	rest->not_before_ns = engine_now() + retry_ns;
-	rest->waiters = waiter;
-	for (; waiter; waiter = waiter->fetch_next)
-		waiter->fetch = rest;
-	fetch->waiters = NULL;
+	parked_move(fetch, rest);
 	fetch->count = fetch->published;
 	LIST_ADD(rest->blob->fetches, rest, blob_next, blob_prev);
 	queue_push(rest->queue, rest);
@@ -830,8 +471,8 @@ static void fetch_failed(struct fetch *fetch, int64_t retry_ns, struct parked **
 		blob->failing_since = now;
 		engine_post(blob->engine, OB_EVENT_BLOB_FAILING, 0, blob->id);
 	}
-	if (blob_past_policy(blob, now) && !blob->down)
-		blob_go_down(blob, ready, discarded);
+	if (fetch_past_policy(blob, now) && !blob->down)
+		fetch_go_down(blob, ready, discarded);
 	if (retry_ns <= 0 || !fetch->waiters || blob->down || fetch->queue->stopping || fetch_requeue(fetch, retry_ns))
 		fetch_abandon(fetch, -EIO, ready);
 }
@@ -851,7 +492,7 @@ int ob_fetch_finish(ob_fetch *lent, int status, int64_t retry_ns)
 	if (short_of)
 		fetch_failed(fetch, status ? retry_ns : 0, &ready, &discarded);
 	else
-		fetch_settle_one(fetch, 0, &ready);
+		parked_settle_fetch(fetch, 0, &ready);
 	if (fetch->keep && atomic_load(&fetch->blob->users))
 		kept_add(queue, fetch, &discarded);
 	else
@@ -908,7 +549,7 @@ int fetch_queue_open(struct ob_engine *engine)
 	pthread_cond_init(&queue->settled, &monotonic);
 	pthread_cond_init(&queue->tick, &monotonic);
 	pthread_condattr_destroy(&monotonic);
-	return engine_thread(&queue->clock, "ob-clock", clock_run, engine);
+	return engine_thread(&queue->clock, "ob-clock", parked_clock, engine);
 }
 
 void fetch_queue_stop(struct ob_engine *engine)
@@ -918,10 +559,7 @@ void fetch_queue_stop(struct ob_engine *engine)
 
 	pthread_mutex_lock(&queue->lock);
 	queue->stopping = 1;
-	while (queue->parked) {
-		queue->parked->failure = -ESHUTDOWN;
-		parked_collect(queue->parked, &ready);
-	}
+	parked_dismiss(engine, &ready);
 	pthread_cond_broadcast(&queue->wake[0]);
 	pthread_cond_broadcast(&queue->wake[1]);
 	pthread_cond_broadcast(&queue->settled);

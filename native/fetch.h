@@ -21,35 +21,28 @@
 #include <stdint.h>
 
 #include "ob.h"
+#include "parked.h"
 
 struct ob_blob;
 struct ob_engine;
 struct waiter;
 
-/* Somebody waiting for extents. Lives in what waits; zeroed before first use. */
-struct parked {
-	/* Called once per parked_begin(), with no lock held, on whatever thread ended the
-	 * wait (maybe inside parked_end()). status 0: try again; else -errno, final. */
-	void (*ready)(struct parked *parked, int status);
-	struct ob_engine *engine;
-
-	/* private to fetch.c, guarded by the queue's lock */
-	struct waiter *waiters;         /* one for each fetch waited for */
-	uint32_t pending;               /* waiters, + 1 until parked_end() */
-	int failure;                    /* first -errno */
-	int64_t start_ns;               /* when the first wait began; kept over several */
-	struct parked *next, *prev;     /* all that wait, for the clock */
-	int listed;
+/* A contiguous missing range on its way. Guarded by the queue's lock but for what the
+ * fetch thread does to the lent buffer. */
+struct fetch {
+	ob_fetch lent;                 /* first: what the fetch thread sees */
+	struct ob_blob *blob;          /* held */
+	struct fetch_queue *queue;
+	uint64_t first, count;         /* extents */
+	uint64_t published;            /* extents whose bytes are right */
+	enum { FETCH_QUEUED, FETCH_LENT, FETCH_KEPT } phase;
+	int writing;                   /* its thread is writing the cache */
+	int keep;                      /* some extent could not be written */
+	int64_t not_before_ns;
+	struct waiter *waiters;
+	struct fetch *next, *prev;             /* priority queue or kept list */
+	struct fetch *blob_next, *blob_prev;   /* the blob's fetches */
 };
-
-void parked_begin(struct parked *parked, struct ob_engine *engine);
-/* The caller must not touch `parked` afterwards: ready() may have freed it. */
-void parked_end(struct parked *parked);
-
-/* Blocking form for callers that own a thread: attempt() until it no longer says
- * -EAGAIN; want() names what it misses. Returns what attempt() or the wait returned. */
-int fetch_wait(struct ob_engine *engine, int (*attempt)(void *argument), void (*want)(void *argument, struct parked *parked),
-               void *argument);
 
 struct fetch_queue {
 	pthread_mutex_t lock;
@@ -77,23 +70,31 @@ void fetch_queue_close(struct ob_engine *engine);
 /* Have what is missing of extents [first, last] fetched, on behalf of `parked` (NULL:
  * nobody waits). Sequential foreground readers get read-ahead. */
 void fetch_want(struct ob_blob *blob, uint64_t first, uint64_t last, int priority, struct parked *parked);
+/* The same, for read-ahead: extents [first, last] that nobody waits for yet. */
+void fetch_missing(struct ob_blob *blob, uint64_t first, uint64_t last, int priority);
+/* The fetch an extent is in, or NULL. */
+struct fetch *fetch_find(const struct ob_blob *blob, uint64_t extent);
 /* Where a resident extent's bytes are. */
 const uint8_t *fetch_resident(struct ob_blob *blob, uint64_t extent);
 /* The fetch that holds a resident extent is writing it: the extent may not change. */
 int fetch_writing(struct ob_blob *blob, uint64_t extent);
-/* Extents of the blob became readable: collect whose wait is over. */
-struct parked *fetch_settle(struct ob_blob *blob);
 /* What a claimed extent goes back to: FETCHING if a fetch still covers it, else ABSENT. */
 uint32_t fetch_owner_kind(const struct ob_blob *blob, uint64_t extent);
 /* The cache could not be written: said once, until a write succeeds again. */
 void fetch_write_failed(struct ob_blob *blob, int error);
 
+/* The blob's policy has run out: nobody waits for it any more, until it is well again.
+ * `discarded` is for fetch_free(). */
+void fetch_go_down(struct ob_blob *blob, struct parked **ready, struct fetch **discarded);
+int fetch_past_policy(const struct ob_blob *blob, int64_t now);
+
 /* ---- no lock held ---- */
 
-/* A reader has come to a marked extent: ask for its stream's next window. */
-void fetch_ahead(struct ob_blob *blob, uint64_t extent);
+/* Fetches taken off every list under the lock: with the last of them a blob may go, and
+ * with the blob the engine that owns the lock. Chained by `next`. */
+void fetch_free(struct fetch *discarded);
+
 /* Nobody uses the blob any more: forget what is queued for it. */
 void fetch_forget(struct ob_blob *blob);
-void parked_ready(struct parked *list);
 
 #endif

@@ -178,7 +178,7 @@ int ob_image_read(struct ob_image *image, uint64_t offset, void *buffer, uint64_
 	if (offset > image->size || length > image->size - offset)
 		return status_set(EINVAL, "read image: %llu + %llu: past its end at %llu", (unsigned long long)offset,
 		                  (unsigned long long)length, (unsigned long long)image->size);
-	return fetch_wait(image->engine, image_attempt, image_miss, &call);
+	return parked_wait(image->engine, image_attempt, image_miss, &call);
 }
 
 /* ---- the map ---- */

@@ -6,7 +6,7 @@
 
 #include <stdatomic.h>
 
-#include "fetch.h"
+#include "parked.h"
 #include "file.h"
 #include "index.h"
 #include "ob.h"

@@ -9,7 +9,7 @@
 #ifndef OB_REQUEST_H
 #define OB_REQUEST_H
 
-#include "fetch.h"
+#include "parked.h"
 #include "ob.h"
 
 struct ob_request {
