@@ -118,7 +118,7 @@ int file_read(struct ob_file *file, uint64_t offset, void *buffer, uint64_t leng
 {
 	struct reading reading = {file, offset, length, buffer};
 
-	return fetch_wait(blob_engine(file->blob), reading_attempt, reading_want, &reading);
+	return parked_wait(blob_engine(file->blob), reading_attempt, reading_want, &reading);
 }
 
 int ob_file_read(ob_file *file, uint64_t offset, void *buffer, uint64_t length)
