@@ -162,7 +162,8 @@ static void *work_run(void *argument)
 	return NULL;
 }
 
-static void work_close(struct work_queue *work)
+/* Join the threads, once they have finished what is queued. */
+static void work_stop(struct work_queue *work)
 {
 	pthread_mutex_lock(&work->lock);
 	work->stopping = 1;
@@ -170,6 +171,11 @@ static void work_close(struct work_queue *work)
 	pthread_mutex_unlock(&work->lock);
 	while (work->thread_count)
 		pthread_join(work->threads[--work->thread_count], NULL);
+}
+
+static void work_close(struct work_queue *work)
+{
+	work_stop(work);
 	free(work->threads);
 	pthread_cond_destroy(&work->wake);
 	pthread_mutex_destroy(&work->lock);
@@ -240,6 +246,8 @@ void ob_engine_close(struct ob_engine *engine)
 	if (!engine)
 		return;
 	ob_engine_stop(engine);
+	/* Not left to the last reference: a parked request may hold it, and give it up on a work thread. */
+	work_stop(&engine->work);
 	engine_unref(engine);
 }
 
