@@ -132,10 +132,11 @@ def _pax_records(body: bytes, offset: int) -> dict[bytes, bytes]:
     records: dict[bytes, bytes] = {}
     at = 0
     while at < len(body):
-        digits, blank, _ = body[at : at + _SIZE_DIGITS].partition(b" ")
-        end = at + int(digits) if blank and digits.isdigit() else at
-        key, equals, value = body[at + len(digits) + 1 : end - 1].partition(b"=")
-        if not equals or end > len(body) or body[end - 1] != ord("\n"):
+        digits, _, _ = body[at : at + _SIZE_DIGITS].partition(b" ")
+        start = at + len(digits) + 1
+        end = at + int(digits) if digits.isdigit() else 0
+        key, equals, value = body[start : end - 1].partition(b"=")
+        if not start < end <= len(body) or body[end - 1] != ord("\n") or not equals:
             raise FormatError("bad pax record", offset + at)
         records[key] = value
         at = end

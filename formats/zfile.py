@@ -11,7 +11,6 @@ import dataclasses
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 
 import construct as c
 import lz4.block
@@ -46,6 +45,7 @@ _DEFINED_SIZE = 96
 _DIGEST_AT = slice(28, 32)
 _BLOCK_CRC_SEED = 100007
 _CRC_SIZE = 4
+_READ_BLOCKS = 1 << 18  # index entries read at a time: 1 MiB
 _ZSTD_LEVEL = 3  # what overlaybd always uses; zstd's window then never exceeds a block
 
 _HEAD = c.Struct(
@@ -186,19 +186,23 @@ def _check(head: Head, end: int) -> None:
         raise FormatError("the ZFile index does not lie within the file", 40)
 
 
-def parse_table(table: bytes, head: Head) -> list[int]:
-    """Where each block starts, and where the last one ends: block_count + 1 offsets in the file."""
-    if len(table) != 4 * head.block_count:
-        raise FormatError(f"ZFile index of {len(table)} bytes", head.index_offset)
-    if head.check_index and crc32c(0, table) != head.index_crc:
-        raise FormatError("ZFile index fails its checksum", head.index_offset)
+def read_table(r: ReadAt, head: Head) -> list[int]:
+    """Where each block starts, and where the last one ends: block_count + 1 offsets in the file, checked."""
     shortest = _CRC_SIZE + 1 if head.verify else 1
-    lengths = struct.unpack(f"<{head.block_count}I", table)
     longest = stored_length_max(head.block_size)
-    for block, length in enumerate(lengths):
-        if not shortest <= length <= longest:
-            raise FormatError(f"ZFile block {block} of {length} bytes", head.index_offset + 4 * block)
-    offsets = list(accumulate(lengths, initial=head.data_offset))
+    offsets = [head.data_offset]
+    crc = 0
+    for first in range(0, head.block_count, _READ_BLOCKS):
+        count = min(_READ_BLOCKS, head.block_count - first)
+        piece = r.read_at(head.index_offset + 4 * first, 4 * count)
+        crc = crc32c(crc, piece)
+        for length in struct.unpack(f"<{count}I", piece):
+            if not shortest <= length <= longest:
+                place = head.index_offset + 4 * len(offsets) - 4
+                raise FormatError(f"ZFile block {len(offsets) - 1} of {length} bytes", place)
+            offsets.append(offsets[-1] + length)
+    if head.check_index and crc != head.index_crc:
+        raise FormatError("ZFile index fails its checksum", head.index_offset)
     if offsets[-1] > head.index_offset:
         raise FormatError("ZFile blocks run into the index", head.index_offset)
     return offsets
@@ -215,7 +219,7 @@ class Decoder:
     def __init__(self, r: ReadAt, head: Head) -> None:
         self._r = r
         self._head = head
-        self._offsets = parse_table(r.read_at(head.index_offset, 4 * head.block_count), head)
+        self._offsets = read_table(r, head)
         self._cached: tuple[int, bytes] = (-1, b"")
 
     @property

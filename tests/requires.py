@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import fixtures
+
 ROOT = Path(__file__).parent.parent
 FULL = os.environ.get("OCIBLK_FULL", "") not in {"", "0"}
 IN_CI = any(os.environ.get(name, "") not in {"", "0"} for name in ("CI", "OCIBLK_CI"))
@@ -67,9 +69,6 @@ def requires_mount() -> None:
 
 
 def requires_fixtures() -> Path:
-    """The folder of reference fixtures: $OCIBLK_FIXTURES, else ../shared/fixtures."""
+    """The folder of reference fixtures (tests/fixtures.py says where it is sought)."""
     __tracebackhide__ = True
-    folder = Path(os.environ.get("OCIBLK_FIXTURES") or ROOT.parent / "shared" / "fixtures")
-    if not (folder / "EXPECT.tsv").is_file():
-        pytest.skip(f"the reference fixtures are not at {folder} (set OCIBLK_FIXTURES)", allow_module_level=True)
-    return folder
+    return fixtures.folder()
