@@ -304,7 +304,8 @@ static void a_flat_layer_maps_itself(void)
 	struct index index = {0};
 	struct run runs[ROOM];
 	size_t size = 40000 * 512 + 1;
-	ob_file *file = memory_file(engine, memset(malloc(size), 0, size), size);
+	void *zeros = calloc(1, size);
+	ob_file *file = memory_file(engine, zeros, size);
 	ob_layer layer = {.kind = OB_LAYER_FLAT, .file = file};
 	uint64_t at = 0;
 
@@ -318,6 +319,7 @@ static void a_flat_layer_maps_itself(void)
 	CHECK(at == 40001 && runs[count - 1].kind == OB_RUN_HOLE);
 	index_free(&index);
 	ob_file_close(file);
+	free(zeros);
 }
 
 /* ---- hostile ---- */
@@ -442,10 +444,12 @@ int main(void)
 	no_data = memory_file(engine, zeros, DATA_SECTORS * 512);
 	free(zeros);
 	random_stacks_equal_the_model();
+#ifndef __SANITIZE_THREAD__ /* one thread builds an index: nothing to see in the large cases */
 	a_long_log_equals_the_model();
 	a_nested_log_is_not_quadratic();
 	a_million_entries_a_layer();
 	all_layers_together_are_limited();
+#endif
 	addresses_past_two_tebibytes_are_exact();
 	neighbours_that_continue_each_other_are_one_entry();
 	a_flat_layer_maps_itself();
