@@ -29,7 +29,8 @@ SEALED_ENTRIES_MAX = 1_000_000  # every reader's limit, padding included
 LOG_ENTRIES_MAX = 128_000_000
 LENGTH_MAX = 16383  # sectors of one entry: 14 bits
 COMMIT_STEP = 64 * SECTOR  # bytes commit copies at a time; each step starts as an entry of its own
-VIRTUAL_SIZE_MAX = SECTOR << 50  # 50-bit sector addresses
+ADDRESSES = 1 << 50  # sector numbers an entry can hold
+VIRTUAL_SIZE_MAX = ADDRESSES * SECTOR
 NULL_UUID = "00000000-0000-0000-0000-000000000000"
 
 IS_HEADER = 1 << 0
@@ -261,17 +262,15 @@ def read_segments(r: ReadAt, sealed: Sealed) -> list[Segment]:
     """The sorted index of an ordinary layer, checked; tags are cleared, as they mean nothing there."""
     segments: list[Segment] = []
     last_end = 0
-    last_sector = sealed.data_end // SECTOR
     for segment in _read_table(r, sealed.index_offset, sealed.index_count):
         place = f"index entry {len(segments)} {tuple(segment)}"
         if segment.length == 0:
             raise FormatError(f"{place}: zero length", sealed.index_offset)
         if segment.offset < last_end:
             raise FormatError(f"{place}: overlaps or precedes the one before", sealed.index_offset)
-        if segment.moffset < HEAD_SECTORS or segment.mend > last_sector:
-            raise FormatError(f"{place}: outside the data area", sealed.index_offset)
         if sealed.extent_limit and segment.end * SECTOR > sealed.extent_limit:
             raise FormatError(f"{place}: past the virtual size {sealed.extent_limit}", sealed.index_offset)
+        _check_reach(segment, sealed)
         last_end = segment.end
         segments.append(segment._replace(tag=0))
     return segments
@@ -279,13 +278,17 @@ def read_segments(r: ReadAt, sealed: Sealed) -> list[Segment]:
 
 def read_log(index: ReadAt, log: Log) -> Iterator[Segment]:
     """The chronological entries of a pair, checked; empty ones left out, tags cleared. Replay gives the live map."""
-    last_sector = log.data_end // SECTOR
     for segment in _read_table(index, log.index_offset, log.index_count):
-        if segment.length == 0:
-            continue
-        if segment.moffset < HEAD_SECTORS or segment.mend > last_sector:
-            raise FormatError(f"index entry {tuple(segment)}: outside the data file", log.index_offset)
-        yield segment._replace(tag=0)
+        if segment.length:
+            _check_reach(segment, log)
+            yield segment._replace(tag=0)
+
+
+def _check_reach(segment: Segment, layer: Sealed | Log) -> None:
+    if segment.moffset < HEAD_SECTORS or segment.mend > layer.data_end // SECTOR:
+        raise FormatError(f"index entry {tuple(segment)}: outside the data area", layer.index_offset)
+    if segment.end > ADDRESSES:
+        raise FormatError(f"index entry {tuple(segment)}: past the last sector there can be", layer.index_offset)
 
 
 def _read_table(r: ReadAt, offset: int, count: int) -> Iterator[Segment]:
