@@ -9,6 +9,7 @@ answers with, and whether trying again may help. Nothing else maps errors to cod
 from __future__ import annotations
 
 import errno
+import os
 from typing import ClassVar
 
 
@@ -65,3 +66,14 @@ class EngineError(BlockdevError):
     """A defect of ours, or a resource of this machine ran out."""
 
     exit_code = 8
+
+
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_ABSENT = {errno.ENOENT, errno.ENOTDIR}
+
+
+def from_os(what: str, error: OSError, thing: str = "") -> BlockdevError:
+    """A failed system call as the error it stands for. `what` was to be done to `thing` (default: the call's file)."""
+    code = error.errno or 0
+    kind = AccessDenied if code in _REFUSED else NotFound if code in _ABSENT else EngineError
+    return kind(f"{what}: {thing or error.filename}: {os.strerror(code)}")

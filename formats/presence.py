@@ -41,6 +41,10 @@ _HEAD = c.Struct(
 )
 
 
+class NewerVersion(FormatError):
+    """A later program wrote the map: not ours to throw away."""
+
+
 @dataclass(frozen=True)
 class Head:
     """Whose map this is. `verified`: the whole blob was there once and its digest matched."""
@@ -77,8 +81,10 @@ class Head:
             raise FormatError("not a presence map", 0)
         if fields.crc != standard(head[:_CRC_OFFSET]):
             raise FormatError("presence map head fails its checksum", _CRC_OFFSET)
+        if fields.version > VERSION:
+            raise NewerVersion(f"presence map version {fields.version}, this program knows {VERSION}", 8)
         if fields.version != VERSION:
-            raise FormatError(f"presence map version {fields.version}, this program knows {VERSION}", 8)
+            raise FormatError(f"presence map version {fields.version} is too old", 8)
         if fields.extent_size != EXTENT_SIZE:
             raise FormatError(f"presence map has extents of {fields.extent_size} bytes, not {EXTENT_SIZE}", 12)
         digest = fields.digest.rstrip(b"\0").decode("latin-1")
