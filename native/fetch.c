@@ -339,7 +339,6 @@ static void fetch_write(struct fetch *fetch, uint64_t from, uint64_t to)
 		pthread_mutex_lock(&queue->lock);
 		while (end < to && extent_kind(blob, fetch->first + end) == EXTENT_RESIDENT)
 			end++;
-		fetch->writing = end > from;
 		pthread_mutex_unlock(&queue->lock);
 		if (end == from) {
 			from++;
@@ -347,7 +346,6 @@ static void fetch_write(struct fetch *fetch, uint64_t from, uint64_t to)
 		}
 		error = extents_write(blob, fetch->first + from, end - from, (uint8_t *)fetch->lent.buffer + from * OB_EXTENT_SIZE);
 		pthread_mutex_lock(&queue->lock);
-		fetch->writing = 0;
 		for (uint64_t i = from; i < end && !error; i++, arrived++) {
 			extent_set(blob, fetch->first + i, EXTENT_PRESENT, 0);
 			atomic_fetch_or(&blob->state[fetch->first + i], EXTENT_CHECKED);
@@ -358,10 +356,13 @@ static void fetch_write(struct fetch *fetch, uint64_t from, uint64_t to)
 		} else {
 			extents_arrived(blob, arrived);
 		}
-		pthread_cond_broadcast(&queue->settled);
 		pthread_mutex_unlock(&queue->lock);
 		from = end;
 	}
+	pthread_mutex_lock(&queue->lock);
+	fetch->writing = 0;
+	pthread_cond_broadcast(&queue->settled);
+	pthread_mutex_unlock(&queue->lock);
 }
 
 int ob_fetch_advance(ob_fetch *lent, uint64_t filled)
@@ -385,6 +386,9 @@ int ob_fetch_advance(ob_fetch *lent, uint64_t filled)
 		blob->fetched_bytes += extent_length(blob, fetch->first + i);
 	}
 	fetch->published = to > from ? to : from;
+	/* From here on, not from the write itself: whoever rejects these bytes waits until they
+	 * are written, or a later answer could become resident and be overwritten by them. */
+	fetch->writing = to > from;
 	if (to > from)
 		parked_settle(blob, &ready);
 	pthread_mutex_unlock(&fetch->queue->lock);

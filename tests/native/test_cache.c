@@ -18,6 +18,8 @@
 
 enum { EXTENT = OB_EXTENT_SIZE, TABLE = 4096, SOURCES = 3 };
 
+static const uint64_t PATIENT_NS = 30000000000, SHORT_NS = 300000000;
+
 /* The content of the source: any byte from its offset. */
 static uint8_t source_byte(uint64_t offset)
 {
@@ -95,7 +97,7 @@ static void bench_open(struct bench *bench, uint64_t size, uint32_t readahead)
 	source->size = size;
 	source->asked = calloc(size / EXTENT + 1, sizeof(*source->asked));
 	bench->config = (ob_blob_config){ .id = 7, .size = size, .table_offset = TABLE, .policy = OB_POLICY_EIO,
-	                                  .policy_ns = 300000000 };
+	                                  .policy_ns = PATIENT_NS };
 	CHECK(ob_blob_open_cached(source->engine, bench->data_fd, bench->map_fd, &bench->config, &bench->blob) == 0);
 	for (int i = 0; i < SOURCES; i++)
 		pthread_create(&source->threads[i], NULL, source_run, source);
@@ -276,6 +278,7 @@ static void test_eio_policy_runs_from_first_failure_then_fails_at_once(void)
 
 	bench_open(&bench, 16 * EXTENT, 0);
 	bench.source.retry_ns = 10000000;
+	CHECK(ob_blob_set_policy(bench.blob, OB_POLICY_EIO, SHORT_NS) == 0);
 	check_read(bench.blob, 0, 10);
 	atomic_store(&bench.source.fail, EIO);
 	CHECK(ob_blob_read(bench.blob, 5 * EXTENT, &byte, 1) == -EIO);
@@ -299,6 +302,7 @@ static void test_a_stuck_source_cannot_stall_a_reader(void)
 	int64_t start = engine_now();
 
 	bench_open(&bench, 16 * EXTENT, 0);
+	CHECK(ob_blob_set_policy(bench.blob, OB_POLICY_EIO, SHORT_NS) == 0);
 	atomic_store(&bench.source.hold, 1);
 	CHECK(ob_blob_read(bench.blob, 0, &byte, 1) == -EIO);
 	CHECK(engine_now() - start < 3000000000);
