@@ -130,25 +130,31 @@ static int find_fast(struct crc32c_way *out)
 }
 
 #elif defined(__aarch64__) && defined(__linux__)
-#include <arm_acle.h>
 #include <sys/auxv.h>
 
-#ifdef __clang__
-#define CRC_TARGET __attribute__((target("crc")))
-#else
-#define CRC_TARGET __attribute__((target("+crc")))
-#endif
 #define CPU_HAS_CRC32 (1ul << 7) /* HWCAP_CRC32 of asm/hwcap.h */
 
-CRC_TARGET
+/* Assembly, because not every compiler offers the intrinsics below ARMv8.1. */
+static inline uint32_t step8(uint32_t crc, uint64_t word)
+{
+	__asm__(".arch_extension crc\n\tcrc32cx %w0, %w0, %x1" : "+r"(crc) : "r"(word));
+	return crc;
+}
+
+static inline uint32_t step1(uint32_t crc, uint8_t byte)
+{
+	__asm__(".arch_extension crc\n\tcrc32cb %w0, %w0, %w1" : "+r"(crc) : "r"(byte));
+	return crc;
+}
+
 static uint32_t crc32c_armv8(uint32_t seed, const void *buffer, size_t length)
 {
 	const uint8_t *p = buffer;
 	uint32_t crc = seed;
 	for (; length >= 8; length -= 8, p += 8)
-		crc = __crc32cd(crc, le64toh(load64(p)));
+		crc = step8(crc, le64toh(load64(p)));
 	for (; length > 0; length--, p++)
-		crc = __crc32cb(crc, *p);
+		crc = step1(crc, *p);
 	return crc;
 }
 

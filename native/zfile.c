@@ -120,7 +120,9 @@ static int table_grow(struct zfile *z, uint64_t blocks)
 	uint64_t *base = realloc(z->base, (blocks / GROUP + 1) * sizeof(*base));
 	if (base)
 		z->base = base;
-	return relative && base ? 0 : status_set(ENOMEM, "jump table: no memory for %llu entries", (unsigned long long)blocks);
+	if (relative && base)
+		return 0;
+	return status_set(ENOMEM, "jump table: no memory for %llu entries", (unsigned long long)blocks);
 }
 
 static int table_read(struct zfile *z, struct ob_blob *blob, uint32_t *piece)
@@ -301,12 +303,10 @@ static int read_batch(struct reading *r)
 	int status = blob_try_read(r->blob, stored_base(z) + start, r->scratch->batch, filled);
 	const uint8_t *stored = r->scratch->batch;
 	for (uint64_t block = first; status == 0 && block < past; block++) {
-		uint64_t end = block_end(z, block);
-		size_t stored_length = end - start;
+		size_t stored_length = block_end(z, block) - block_start(z, block);
 
 		status = take_block(r, block, stored, stored_length);
 		stored += stored_length;
-		start = end;
 	}
 	return status;
 }

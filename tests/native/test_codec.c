@@ -40,7 +40,8 @@ static void blocks_come_back_as_they_were(int codec, uint32_t block_size, int bl
 	}
 	CHECK(at == stored + total);
 	/* a byte too few anywhere is said, not written */
-	CHECK(ob_zfile_compress(codec, block_size, block_crc, plain, length, stored, (uint64_t)total - 1, lengths) == -ENOSPC);
+	bound = (uint64_t)total - 1;
+	CHECK(ob_zfile_compress(codec, block_size, block_crc, plain, length, stored, bound, lengths) == -ENOSPC);
 	free(plain);
 	free(back);
 	free(stored);

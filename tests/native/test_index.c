@@ -95,7 +95,8 @@ static struct table random_layer(uint64_t *state, int kind, struct place *model,
 	return table;
 }
 
-static void check_lookup(const struct index *index, const struct place *model, uint64_t first, uint64_t end, size_t max)
+static void check_lookup(const struct index *index, const struct place *model, uint64_t first, uint64_t end,
+                         size_t max)
 {
 	struct run runs[ROOM];
 
