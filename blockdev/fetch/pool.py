@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The threads that answer misses: from the engine's queue to a source and back.
+
+    fetch-0      foreground misses only, so that prefetch never occupies every thread
+    fetch-1 ...  whatever is most urgent
+    probe        asks the sources of blobs that are down whether they are well again
+
+A fetch is always given back, whatever goes wrong. How long readers wait for it is the
+engine's business (a blob's policy); here an attempt has a deadline, and the next one a
+delay. Fetch threads hold no lock while they are in the engine or in a source.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from blockdev.engine import Blob, Engine, EngineStopped, Fetch, Priority
+from blockdev.errors import BlockdevError, SourceError
+
+log = logging.getLogger(__name__)
+
+THREADS = 8  # a container's start rarely has more misses waiting at once
+ATTEMPT_TIMEOUT = 30.0  # seconds for one range: a slow link's 4 MiB; what has arrived by then is kept
+PROBE_TIMEOUT = 3.0  # seconds; a probe moves a few bytes, and others wait behind it
+PROBE_INTERVAL = 1.0  # seconds between rounds: how late a source's return is noticed
+_IDLE = 60.0  # seconds of one wait for a fetch; Engine.stop() ends it at once
+_DELAY_FIRST = 0.1  # seconds before the second attempt; doubles with each one
+_DELAY_MAX = 3.0  # seconds: as late as a reader may notice that the source is back
+_RETRY_AFTER_MAX = 60.0  # seconds: no server gets to stop us for longer
+
+
+class Source(Protocol):
+    """One immutable blob, by offset. Thread-safe. A short read is an error, never a result."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it; holds no secret."""
+        ...
+
+    def read_into(self, offset: int, buffer: memoryview, *, deadline: float, progress: Callable[[int], None]) -> None:
+        """Fill the buffer from offset, by `deadline` (time.monotonic()).
+
+        progress(n): the first n bytes of the buffer are right now. What it raises ends the read.
+        """
+        ...
+
+    def probe(self, deadline: float) -> None:
+        """Return if the source is well, else raise."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Supply:
+    """Where a blob's bytes come from."""
+
+    blob: Blob
+    source: Source
+
+
+class Pool:
+    """The fetch threads of an engine. start(), then attach() sources; Engine.stop() before join()."""
+
+    def __init__(self, engine: Engine, threads: int = THREADS) -> None:
+        self._engine = engine
+        self._supplies: dict[int, _Supply] = {}
+        self._down: set[int] = set()
+        self._failing: set[int] = set()
+        self._stopping = False
+        self._changed = threading.Condition()  # guards supplies, down and stopping
+        self._threads = [
+            threading.Thread(
+                target=self._fetch,
+                args=(Priority.BULK if number else Priority.FOREGROUND,),
+                name=f"fetch-{number}",
+                daemon=True,  # one that is stuck in a source does not keep the process
+            )
+            for number in range(max(2, threads))
+        ]
+        self._threads.append(threading.Thread(target=self._probe, name="probe", daemon=True))
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def attach(self, id: int, blob: Blob, source: Source) -> None:
+        """Misses of blob `id` are answered by this source from now on."""
+        with self._changed:
+            self._supplies[id] = _Supply(blob, source)
+
+    def detach(self, id: int) -> None:
+        """Forget the blob; call it before the blob is closed."""
+        with self._changed:
+            self._supplies.pop(id, None)
+            self._down.discard(id)
+        self._failing.discard(id)
+
+    def blob_down(self, id: int) -> None:
+        """The engine has given a blob's source up (BLOB_DOWN): probe it until it is well."""
+        with self._changed:
+            self._down.add(id)
+            self._changed.notify()
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the threads of a stopped engine; False if some is still stuck in a source after `timeout` seconds.
+
+        The engine may only be closed if it is True.
+        """
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        deadline = time.monotonic() + timeout
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    # ---- fetch-N ----
+
+    def _fetch(self, lowest: Priority) -> None:
+        while True:
+            try:
+                fetch = self._engine.next_fetch(lowest, timeout=_IDLE)
+            except EngineStopped:
+                return
+            if fetch:
+                self._answer(fetch)
+
+    def _answer(self, fetch: Fetch) -> None:
+        """One fetch, from taken to given back."""
+        supply = self._supplies.get(fetch.blob_id)
+        name = supply.source.name if supply else f"blob {fetch.blob_id}"
+        try:
+            if supply is None:
+                raise SourceError(f"fetch: {name}: it has no source any more")
+            self._read(fetch, supply.source)
+        except EngineStopped:
+            fetch.finish(errno.ESHUTDOWN)
+        except BlockdevError as error:
+            self._note_failure(fetch, name, error)
+            # A server may know better than we when to come again.
+            asked = min(getattr(error, "retry_after", None) or 0.0, _RETRY_AFTER_MAX)
+            fetch.finish(errno.EIO, retry=max(asked, _delay(fetch.attempt)) if supply and error.retriable else 0.0)
+        except Exception as error:  # noqa: BLE001 - a fetch that is not given back hangs its readers
+            _log_defect("fetch", name, error)
+            fetch.finish(errno.EIO)
+        else:
+            if fetch.blob_id in self._failing:
+                self._failing.discard(fetch.blob_id)
+                log.info("source delivers again source=%s", name)
+            fetch.finish()
+
+    def _read(self, fetch: Fetch, source: Source) -> None:
+        def progress(filled: int) -> None:
+            fetch.advance(filled)
+            if self._stopping:
+                raise EngineStopped("fetch: the engine is stopping")
+
+        source.read_into(fetch.offset, fetch.buffer, deadline=time.monotonic() + ATTEMPT_TIMEOUT, progress=progress)
+        fetch.advance(fetch.length)
+
+    def _note_failure(self, fetch: Fetch, name: str, error: BlockdevError) -> None:
+        """The first failure of a blob is news, the following ones are not."""
+        first = fetch.blob_id not in self._failing
+        self._failing.add(fetch.blob_id)
+        log.log(
+            logging.WARNING if first else logging.DEBUG,
+            "fetch failed source=%s offset=%d length=%d attempt=%d: %s",
+            name,
+            fetch.offset,
+            fetch.length,
+            fetch.attempt,
+            error,
+        )
+
+    # ---- probe ----
+
+    def _probe(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._down or self._stopping)
+                waiting = [(id, self._supplies[id]) for id in self._down if id in self._supplies]
+                self._down = {id for id, _ in waiting}
+            for id, supply in waiting:
+                if self._stopping:
+                    break
+                if self._is_well(supply.source):
+                    self._up(id, supply)
+            with self._changed:
+                if self._changed.wait_for(lambda: self._stopping, PROBE_INTERVAL if self._down else 0):
+                    return
+
+    def _is_well(self, source: Source) -> bool:
+        try:
+            source.probe(time.monotonic() + PROBE_TIMEOUT)
+        except BlockdevError as error:
+            log.debug("probe failed source=%s: %s", source.name, error)
+            return False
+        except Exception as error:  # noqa: BLE001 - without its prober no source would ever come back
+            _log_defect("probe", source.name, error)
+            return False
+        return True
+
+    def _up(self, id: int, supply: _Supply) -> None:
+        with self._changed:
+            # Under the lock, detach() has not happened, so the blob is open.
+            if self._supplies.get(id) is supply:
+                supply.blob.healthy()
+            self._down.discard(id)
+        log.info("source is back source=%s", supply.source.name)
+
+
+def _delay(attempt: int) -> float:
+    """Seconds until the next attempt; random, so that many readers do not come back as one."""
+    return min(_DELAY_FIRST * 2.0 ** min(attempt, 10), _DELAY_MAX) * random.uniform(0.5, 1.0)
+
+
+def _log_defect(what: str, name: str, error: Exception) -> None:
+    """Frames only: the text of a foreign exception may hold a signed URL."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    log.error("%s failed source=%s: a defect: %s\n%s", what, name, type(error).__name__, frames)
