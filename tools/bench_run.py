@@ -70,7 +70,7 @@ class Row:
 
     @property
     def lower_is_better(self) -> bool:
-        return self.unit in {"ms", "us", "requests"}
+        return self.unit in {"ms", "requests"}
 
     def median(self, server: str) -> float:
         return statistics.median(sample.value for sample in self.samples[server])
@@ -287,9 +287,9 @@ def in_process() -> Iterator[Row]:
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         measured = json.loads(report.read_text())["benchmarks"]
     for bench in measured:
-        stats, bytes_read = bench["stats"], bench["extra_info"].get("bytes")
-        samples = [Sample(bytes_read / second / 1e6 if bytes_read else second * 1e6) for second in stats["data"]]
-        row = Row(f"in process, {bench['name']}", "MB/s" if bytes_read else "us", {"ociblk": samples})
+        bytes_read = bench["extra_info"]["bytes"]
+        samples = [Sample(bytes_read / second / 1e6) for second in bench["stats"]["data"]]
+        row = Row(f"warm, in process, {bench['name']}", "MB/s", {"ociblk": samples})
         row.print()
         yield row
 
