@@ -13,7 +13,7 @@ from formats import lsmt
 from formats.errors import FormatError
 from formats.lsmt import HEAD_SIZE, SECTOR, CommitWriter, Head, Segment
 from formats.readat import BytesAt
-from tests import fixtures
+from tests import fixtures, requires
 from tests.mutations import damaged, value_or_format_error
 
 UUID = "0193C1A0-1111-4222-8333-444455556666"
@@ -267,7 +267,7 @@ def test_a_layer_takes_at_most_a_million_entries() -> None:
         opened(with_trailer(layer((0, bytes(SECTOR))), index_count=count + 1))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=requires.scaled(300, 20_000))
 @given(damaged(SEEDS, hot=[range(0, 60), range(-4096, -4030), range(-8192, -8128)]))
 def test_any_bytes_give_a_layer_or_a_format_error(blob: bytes) -> None:
     segments = value_or_format_error(lambda: opened(blob))
@@ -275,7 +275,7 @@ def test_any_bytes_give_a_layer_or_a_format_error(blob: bytes) -> None:
         assert all(segment.mend * SECTOR <= len(blob) for segment in segments)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=requires.scaled(300, 20_000))
 @given(heads, heads, st.binary(max_size=2000))
 def test_any_heads_give_a_layer_or_a_format_error(header: Head, trailer: Head, middle: bytes) -> None:
     flags = (header.flags | lsmt.COMMIT_HEADER, trailer.flags & ~lsmt.IS_HEADER | lsmt.SEALED_TRAILER)
@@ -303,6 +303,14 @@ def test_a_count_is_not_believed_before_its_entries_are_seen() -> None:
     r = Endless(blob, size)
     assert lsmt.open_sealed(r).index_count == 1_000_000
     assert value_or_format_error(lambda: lsmt.read_segments(r, lsmt.open_sealed(r))) is None
+
+
+def test_the_header_is_no_index() -> None:
+    """Header and trailer alone, with the header's own 4096 bytes named as the index."""
+    blob = with_trailer(layer(), index_offset=0, index_count=256)
+    assert len(blob) == 2 * HEAD_SIZE
+    with pytest.raises(FormatError):
+        lsmt.open_sealed(BytesAt(blob))
 
 
 def test_short_files_are_refused() -> None:

@@ -14,7 +14,7 @@ from formats import tar
 from formats.errors import FormatError
 from formats.readat import BytesAt
 from formats.tar import Payload, find_payload
-from tests import fixtures
+from tests import fixtures, requires
 from tests.mutations import damaged, value_or_format_error
 
 WRAPPED = ("05-tar-wrapped/basic.lz4-4k.tar", "05-tar-wrapped/basic.zfile-tool.tar", "05-tar-wrapped/a-l2.tar")
@@ -34,6 +34,16 @@ def made_by_tarfile(form: int, name: str = "overlaybd.commit", **fields: object)
 
 def wrapped(content: bytes) -> bytes:
     return tar.wrap_head(len(content)) + content + tar.wrap_tail(len(content))
+
+
+def with_checksums(blob: bytes) -> bytes:
+    """Blocks 0 and 2 with right checksums, so that damage elsewhere in them gets past the first check."""
+    fixed = bytearray(blob)
+    for start in (0, 1024):
+        block = fixed[start : start + 512]
+        if len(block) == 512:
+            fixed[start + 148 : start + 156] = b"%06o\0 " % sum(block[:148] + b" " * 8 + block[156:])
+    return bytes(fixed)
 
 
 @pytest.mark.parametrize("path", WRAPPED)
@@ -173,6 +183,32 @@ def test_a_bad_pax_record_is_refused(record: bytes) -> None:
         find_payload(BytesAt(pax[:512] + record.ljust(512, b"\0") + pax[1024:] + bytes(8192)))
 
 
+def test_an_extension_header_of_megabytes_is_refused() -> None:
+    body = (1 << 20) + 512
+    pax = bytearray(tar.wrap_head(5)[:512])
+    pax[124:136] = b"%011o " % body
+    with pytest.raises(FormatError, match="extension header"):
+        find_payload(BytesAt(with_checksums(bytes(pax)) + bytes(body) + wrapped(b"layer")))
+
+
+@pytest.mark.parametrize(
+    "size", [b"\xff" * 12, b"\x80\0\0\0" + b"\xff" * 8, b"12345678901x"], ids=["negative", "64-bit", "9"]
+)
+def test_a_size_that_cannot_be_is_refused(size: bytes) -> None:
+    blob = bytearray(made_by_tarfile(tarfile.GNU_FORMAT))
+    blob[124:136] = size
+    with pytest.raises(FormatError, match="number"):
+        find_payload(BytesAt(with_checksums(bytes(blob))))
+
+
+def test_gnu_tars_keep_times_where_others_have_the_prefix() -> None:
+    blob = bytearray(made_by_tarfile(tarfile.GNU_FORMAT))
+    blob[345:357] = b"14400000000\0"
+    payload = find_payload(BytesAt(with_checksums(bytes(blob))))
+    assert payload is not None
+    assert payload.name == "overlaybd.commit"
+
+
 SEEDS = [
     wrapped(b"layer"),
     made_by_tarfile(tarfile.GNU_FORMAT, LONG),
@@ -180,17 +216,7 @@ SEEDS = [
 ]
 
 
-def with_checksums(blob: bytes) -> bytes:
-    """Blocks 0 and 2 with right checksums, so that damage elsewhere in them gets past the first check."""
-    fixed = bytearray(blob)
-    for start in (0, 1024):
-        block = fixed[start : start + 512]
-        if len(block) == 512:
-            fixed[start + 148 : start + 156] = b"%06o\0 " % sum(block[:148] + b" " * 8 + block[156:])
-    return bytes(fixed)
-
-
-@settings(deadline=None)
+@settings(deadline=None, max_examples=requires.scaled(300, 20_000))
 @given(damaged(SEEDS, hot=[range(124, 160), range(512, 560), range(1024 + 124, 1024 + 160)]), st.booleans())
 def test_any_bytes_give_a_payload_within_them_or_a_format_error(blob: bytes, fix: bool) -> None:
     blob = with_checksums(blob) if fix else blob
