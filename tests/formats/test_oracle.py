@@ -11,7 +11,7 @@ from formats import imagespec
 from formats.errors import FormatError
 from formats.lsmt import SECTOR
 from formats.readat import BytesAt
-from tests import fixtures, oracle, stacks
+from tests import fixtures, oracle, requires, stacks
 
 ROWS = fixtures.rows("01", "02", "03", "04", "05", "07", "08")
 
@@ -26,7 +26,7 @@ def test_a_fixture_flattens_to_the_listed_digest(row: fixtures.Row) -> None:
     assert disk.sha256() == row.sha256
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=requires.scaled(200, 5000), deadline=None)
 @given(st.data())
 def test_random_stacks_read_as_the_model_says(data: st.DataObject) -> None:
     stack = data.draw(stacks.stacks())
