@@ -72,7 +72,7 @@ class Pool:
         self._engine = engine
         self._supplies: dict[int, _Supply] = {}
         self._down: set[int] = set()
-        self._failing: set[int] = set()
+        self._failing: dict[int, str] = {}  # blob id: why its last fetch failed
         self._stopping = False
         self._changed = threading.Condition()  # guards supplies, down and stopping
         self._threads = [
@@ -100,7 +100,11 @@ class Pool:
         with self._changed:
             self._supplies.pop(id, None)
             self._down.discard(id)
-        self._failing.discard(id)
+        self._failing.pop(id, None)
+
+    def failure(self, id: int) -> str:
+        """Why the last fetch of a blob failed; "" if it did not."""
+        return self._failing.get(id, "")
 
     def blob_down(self, id: int) -> None:
         """The engine has given a blob's source up (BLOB_DOWN): probe it until it is well."""
@@ -152,8 +156,7 @@ class Pool:
             _log_defect("fetch", name, error)
             fetch.finish(errno.EIO)
         else:
-            if fetch.blob_id in self._failing:
-                self._failing.discard(fetch.blob_id)
+            if self._failing.pop(fetch.blob_id, None) is not None:
                 log.info("source delivers again source=%s", name)
             fetch.finish()
 
@@ -169,7 +172,7 @@ class Pool:
     def _note_failure(self, fetch: Fetch, name: str, error: BlockdevError) -> None:
         """The first failure of a blob is news, the following ones are not."""
         first = fetch.blob_id not in self._failing
-        self._failing.add(fetch.blob_id)
+        self._failing[fetch.blob_id] = str(error)
         log.log(
             logging.WARNING if first else logging.DEBUG,
             "fetch failed source=%s offset=%d length=%d attempt=%d: %s",
