@@ -49,10 +49,14 @@ class CorruptImage(BlockdevError):
 
 
 class SourceError(BlockdevError):
-    """A registry or peer did not deliver."""
+    """A registry or peer did not deliver. It may say after how many seconds to ask again."""
 
     exit_code = 6
     retriable = True
+
+    def __init__(self, text: str, *, retry_after: float | None = None) -> None:
+        super().__init__(text)
+        self.retry_after = retry_after
 
 
 class DeviceError(BlockdevError):

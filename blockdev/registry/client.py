@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One registry, as the distribution specification 1.1 has it: manifests and blobs, read and written.
+
+Every call does its work once: it logs in and follows redirects where the registry asks for that,
+and otherwise fails with one of our errors (blockdev/errors.py). Trying again is the caller's
+decision (blockdev/source/retrying.py). Sizes and offsets are bytes. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import BinaryIO, NamedTuple, Self
+from urllib.parse import quote, urljoin, urlsplit
+
+from blockdev.errors import CorruptImage, SourceError
+from blockdev.registry.auth import Authorizer, Rejection, Scope
+from blockdev.registry.credentials import Provider
+from blockdev.registry.exchange import Exchange, Reply, Request, Task, Timeouts, origin
+from formats import oci
+
+ANSWER_SECONDS = 30.0  # for anything but a blob's bytes: a token, a redirect and the answer
+DOCUMENT_SECONDS = 60.0  # for a manifest or config of the largest size over a slow line
+UPLOAD_CHUNK = 8 << 20  # held in memory; S3 refuses parts below 5 MiB
+UPLOAD_PATIENCE = 120.0  # object stores assemble and hash what was uploaded before they answer
+REDIRECTS_MAX = 5
+LOGINS_MAX = 4  # for one request: another thread's, ours, and each of two credential sources
+TARGET_SECONDS = 240.0  # a redirect's target is used again this long; signatures live 5 minutes and more
+_HOSTS = {"docker.io": "registry-1.docker.io"}  # where the API is not at the registry's own name
+_REDIRECTS = (301, 302, 303, 307, 308)
+_STALE = (400, 401, 403, 404, 410)  # what stores answer to an expired signature, or when they have moved it
+_DENIED = (401, 403)
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
+_ACCEPT = ", ".join((*oci.MANIFEST_TYPES, *oci.INDEX_TYPES))
+_EVERYTHING = Scope("", "")
+
+
+class Document(NamedTuple):
+    """A manifest or index as the registry sent it; the digest is computed from the body."""
+
+    media_type: str
+    digest: str
+    body: bytes
+
+
+class Part(NamedTuple):
+    """A range of a blob, wanted or delivered."""
+
+    repository: str
+    digest: str
+    offset: int
+    length: int
+
+
+@dataclass
+class Body:
+    """The bytes of the range that was asked for, about to arrive; or, if `whole`, all of the blob.
+
+    `total` is the blob's size as the registry sees it, None if it does not say.
+    """
+
+    reply: Reply
+    total: int | None
+    whole: bool
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.reply.close()
+
+
+class Client:
+    """A registry, with the credentials of one caller."""
+
+    def __init__(
+        self,
+        registry: str,
+        provider: Provider,
+        *,
+        ca: str | None = None,
+        plain_http: bool = False,
+        timeouts: Timeouts | None = None,
+    ) -> None:
+        """`registry` is a reference's host[:port]; `ca` and `plain_http` as in blockdev/registry/exchange.py."""
+        self.registry = registry
+        self._exchange = Exchange(ca=ca, plain_http=plain_http, timeouts=timeouts or Timeouts())
+        self._base = self._exchange.base(_HOSTS.get(registry, registry))
+        self._authorizer = Authorizer(self._exchange, registry, provider)
+        self._lock = threading.Lock()
+        self._targets: dict[tuple[str, str], tuple[str, float]] = {}  # blob → where it was redirected to, until when
+
+    def close(self) -> None:
+        """Drop the kept connections."""
+        self._exchange.close()
+
+    # ---- reading -------------------------------------------------------------------------
+
+    def ping(self) -> None:
+        """Check that a registry answers there and lets us in."""
+        task = self._task("asking the registry", "", ANSWER_SECONDS)
+        with self._send(task, _EVERYTHING, Request("GET", f"{self._base}/v2/")) as reply:
+            reply.require(200)
+
+    def resolve(self, repository: str, tag: str) -> str:
+        """The digest that a tag stands for now."""
+        return self.manifest(repository, tag).digest
+
+    def manifest(self, repository: str, identifier: str) -> Document:
+        """A manifest or index by tag or digest. CorruptImage if it has not the digest that was asked for."""
+        separator = "@" if ":" in identifier else ":"
+        task = self._task("fetching a manifest", f"/{repository}{separator}{identifier}", DOCUMENT_SECONDS)
+        request = Request("GET", self._url(repository, f"manifests/{identifier}"), {"Accept": _ACCEPT})
+        with self._follow(task, Scope(repository, "pull"), request) as reply:
+            reply.require(200)
+            body = reply.read_all(oci.DOCUMENT_SIZE_MAX)
+        if separator == "@":
+            _check_digest(task, identifier, body)
+        digest = identifier if separator == "@" else oci.digest_of(body)
+        return Document(reply.header("Content-Type").partition(";")[0].strip(), digest, body)
+
+    def blob_size(self, repository: str, digest: str) -> int:
+        """Bytes of a blob; NotFound if the repository has none of that digest."""
+        task = self._task("looking for a blob", f"/{repository}@{digest}", ANSWER_SECONDS)
+        with self._follow(
+            task, Scope(repository, "pull"), Request("HEAD", self._blob_url(repository, digest))
+        ) as reply:
+            reply.require(200)
+            return _length(reply, task)
+
+    def blob(self, repository: str, digest: str, limit: int) -> bytes:
+        """A small blob, such as a config, whole and checked. CorruptImage if it has another digest."""
+        task = self._task("fetching a blob", f"/{repository}@{digest}", DOCUMENT_SECONDS)
+        with self._follow(task, Scope(repository, "pull"), Request("GET", self._blob_url(repository, digest))) as reply:
+            reply.require(200)
+            body = reply.read_all(limit)
+        _check_digest(task, digest, body)
+        return body
+
+    def open_part(self, part: Part, deadline: float) -> Body:
+        """Ask for a range of a blob. The body is there to be read until `deadline` (monotonic).
+
+        SourceError if the answer is not that range and not the whole blob either.
+        """
+        failed = f"reading a blob failed: {self.registry}/{part.repository}@{part.digest}"
+        task = Task(failed, deadline)
+        headers = {"Range": f"bytes={part.offset}-{part.offset + part.length - 1}"}
+        request = Request("GET", self._blob_url(part.repository, part.digest), headers)
+        reply = self._from_target(task, part, request) or self._follow(task, Scope(part.repository, "pull"), request)
+        try:
+            reply.require(200, 206)
+            body = _body(reply, part, task)
+        except BaseException:
+            reply.close()
+            raise
+        self._remember(part, reply.url)
+        return body
+
+    def _from_target(self, task: Task, part: Part, request: Request) -> Reply | None:
+        """Ask where the blob was found last; None if that is not known, or no longer right."""
+        key = (part.repository, part.digest)
+        target, until = self._targets.get(key, ("", 0.0))
+        if time.monotonic() >= until:
+            return None
+        try:
+            reply = self._exchange.send(task, Request(request.method, target, request.headers))
+        except SourceError:
+            self._targets.pop(key, None)
+            raise
+        if reply.status in (200, 206):
+            return reply
+        self._targets.pop(key, None)
+        if reply.status in _STALE:
+            reply.close()
+            return None
+        return reply
+
+    def _remember(self, part: Part, url: str) -> None:
+        key = (part.repository, part.digest)
+        now = time.monotonic()
+        with self._lock:
+            self._targets = {blob: kept for blob, kept in self._targets.items() if kept[1] > now}
+            if origin(url) != origin(self._base):
+                self._targets.setdefault(key, (url, now + TARGET_SECONDS))
+
+    # ---- writing ----------------------------------------------------------------------------
+
+    def upload(
+        self,
+        repository: str,
+        digest: str,
+        size: int,
+        file: BinaryIO,
+        progress: Callable[[int], None] = lambda sent: None,
+    ) -> bool:
+        """Send a blob from where the file stands, unless the registry has it: False then.
+
+        `progress` is told how many bytes have arrived so far.
+        """
+        scope = Scope(repository, "pull,push")
+        task = self._task("pushing a blob", f"/{repository}@{digest}", ANSWER_SECONDS)
+        with self._follow(task, scope, Request("HEAD", self._blob_url(repository, digest))) as reply:
+            if reply.status == 200:
+                return False
+            reply.require(404)
+        with self._send(task, scope, Request("POST", self._url(repository, "blobs/uploads/"), body=b"")) as reply:
+            reply.require(202)
+            place = self._upload_url(task, reply)
+        sent = 0
+        while chunk := file.read(UPLOAD_CHUNK):
+            headers = {"Content-Type": "application/octet-stream", "Content-Range": f"{sent}-{sent + len(chunk) - 1}"}
+            place = self._upload(task, scope, Request("PATCH", place, headers, chunk), 202)
+            sent += len(chunk)
+            progress(sent)
+        if sent != size:
+            raise CorruptImage(f"{task.failed}: the file has {sent} bytes instead of {size}")
+        commit = f"{place}{'&' if '?' in place else '?'}digest={digest}"
+        self._upload(task, scope, Request("PUT", commit, {"Content-Type": "application/octet-stream"}, b""), 201)
+        return True
+
+    def _upload(self, task: Task, scope: Scope, request: Request, want: int) -> str:
+        """One step of an upload; where the next one goes."""
+        task = Task(task.failed, time.monotonic() + UPLOAD_PATIENCE)
+        request = Request(request.method, request.url, request.headers, request.body, UPLOAD_PATIENCE)
+        with self._send(task, scope, request) as reply:
+            reply.require(want)
+            return self._upload_url(task, reply) if want == 202 else ""
+
+    def _upload_url(self, task: Task, reply: Reply) -> str:
+        location = reply.header("Location")
+        if not location:
+            raise SourceError(f"{task.failed}: {origin(reply.url)} did not say where to upload to")
+        url = urljoin(reply.url, location)
+        self._exchange.check_url(url, reply.url, task)
+        return url
+
+    def put_manifest(self, repository: str, identifier: str, media_type: str, body: bytes) -> str:
+        """Store a manifest or index under a tag or its digest; returns its digest."""
+        task = self._task("pushing a manifest", f"/{repository}:{identifier}", ANSWER_SECONDS)
+        url = self._url(repository, f"manifests/{identifier}")
+        request = Request("PUT", url, {"Content-Type": media_type}, body)
+        with self._send(task, Scope(repository, "pull,push"), request) as reply:
+            reply.require(201)
+        return oci.digest_of(body)
+
+    # ---- requests -----------------------------------------------------------------------------
+
+    def _task(self, doing: str, thing: str, seconds: float) -> Task:
+        return Task(f"{doing} failed: {self.registry}{thing}", time.monotonic() + seconds)
+
+    def _url(self, repository: str, rest: str) -> str:
+        return f"{self._base}/v2/{quote(repository)}/{quote(rest, safe='/:')}"
+
+    def _blob_url(self, repository: str, digest: str) -> str:
+        return self._url(repository, f"blobs/{digest}")
+
+    def _follow(self, task: Task, scope: Scope, request: Request) -> Reply:
+        """Send, and go where redirects lead."""
+        reply = self._send(task, scope, request)
+        for _ in range(REDIRECTS_MAX):
+            if reply.status not in _REDIRECTS:
+                return reply
+            reply.close()
+            target = urljoin(reply.url, reply.header("Location"))
+            self._exchange.check_url(target, reply.url, task)
+            reply = self._send(task, scope, Request(request.method, target, request.headers))
+        reply.close()
+        raise SourceError(f"{task.failed}: {urlsplit(self._base).netloc} redirects more than {REDIRECTS_MAX} times")
+
+    def _send(self, task: Task, scope: Scope, request: Request) -> Reply:
+        """Send, logging in if the registry wants that. Only the registry itself is sent a login."""
+        if origin(request.url) != origin(self._base):
+            return self._exchange.send(task, request)
+        rejection = Rejection(self._authorizer.header(scope, task))
+        turns = 0
+        while True:
+            reply = self._exchange.send(task, request.with_authorization(rejection.used))
+            rejection.challenge = reply.header("WWW-Authenticate")
+            turns += 1
+            may_help = reply.status in _DENIED and (rejection.used or rejection.challenge)
+            if not may_help or turns > LOGINS_MAX:
+                return reply
+            reply.close()
+            rejection.used = self._authorizer.renew(scope, task, rejection)
+
+
+def _check_digest(task: Task, digest: str, body: bytes) -> None:
+    if not oci.matches(digest, body):
+        raise CorruptImage(f"{task.failed}: what came has the digest sha256:{hashlib.sha256(body).hexdigest()}")
+
+
+def _length(reply: Reply, task: Task) -> int:
+    length = reply.header("Content-Length")
+    if not (length.isascii() and length.isdigit() and len(length) < 19):
+        raise SourceError(f"{task.failed}: {origin(reply.url)} does not tell its size")
+    return int(length)
+
+
+def _body(reply: Reply, part: Part, task: Task) -> Body:
+    """What a 200 or 206 brings. Anything but the range or the whole is an error."""
+    if reply.header("Content-Encoding") not in ("", "identity"):
+        raise SourceError(f"{task.failed}: {origin(reply.url)} sends it in another encoding")
+    if reply.status == 200:
+        total = _length(reply, task) if reply.header("Content-Length") else None
+        return Body(reply, total, whole=True)
+    said = reply.header("Content-Range")
+    match = _CONTENT_RANGE.fullmatch(said)
+    if not match or (int(match[1]), int(match[2])) != (part.offset, part.offset + part.length - 1):
+        wanted = f"bytes {part.offset}-{part.offset + part.length - 1}"
+        raise SourceError(
+            f"{task.failed}: asked for {wanted}, {origin(reply.url)} sends {said[:60] or 'an unnamed part'}"
+        )
+    return Body(reply, None if match[3] == "*" else int(match[3]), whole=False)

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One HTTP request and its reply: TLS rules, time limits, and what an answer means.
+
+The only place that knows `requests`, and the one translation from HTTP to our errors. Redirects,
+logins and retries are the callers' matter: send() does exactly what it is told, once. TLS is
+always verified. No message holds a URL's query, which may be a signature.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import ipaddress
+import json
+import logging
+import os
+import socket
+import ssl
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+
+from blockdev.errors import AccessDenied, BlockdevError, NotFound, SourceError, UsageError
+
+CONNECT_SECONDS = 5.0  # a wrong address is told to a waiting user within this
+STALL_SECONDS = 10.0  # longest silence of a server that has work to do; three fit into eio:30s
+CONNECTIONS_MAX = 32  # kept open per host: every fetch thread's, and a few commands'
+PIECE_SIZE = 64 << 10  # most that one read takes from the socket: the cache's extent
+ERROR_TEXT_SIZE = 8 << 10  # of an error's JSON; registries write a few hundred bytes
+BUSY_SECONDS = 1.0  # what a 429 without Retry-After asks for
+RETRY_AFTER_MAX = 3600.0  # a registry that asks for more is as good as gone
+USER_AGENT = "ociblk"
+
+_DENIED = (401, 403)
+_NOT_FOUND = 404
+_BUSY = 429
+_SERVER_ERRORS = 500
+_BAD_REQUEST = 400
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Seconds: to connect, and of silence before a server counts as stuck."""
+
+    connect: float = CONNECT_SECONDS
+    stall: float = STALL_SECONDS
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a request is for: how its failure is told ("what failed: which thing"), and until when (monotonic)."""
+
+    failed: str
+    deadline: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """What goes out. `patience` replaces the stall time where a server has long work to do."""
+
+    method: str
+    url: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+    patience: float = 0.0
+
+    def with_authorization(self, value: str | None) -> Request:
+        """The same with an Authorization header, if there is one to add."""
+        return self if value is None else replace(self, headers={**self.headers, "Authorization": value})
+
+
+class Reply:
+    """What came back. Its body is read piece by piece, or not at all; close() is cheap either way."""
+
+    def __init__(self, response: requests.Response, request: Request, task: Task) -> None:
+        self.status = response.status_code
+        self.url = request.url
+        self._response = response
+        self._task = task
+        self._place = _place(task, request.url)
+        if request.method == "HEAD" or self.header("Content-Length") == "0":
+            response.raw.read()  # nothing comes, but only now is the connection free for others
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def header(self, name: str) -> str:
+        """A header's value; "" if there is none."""
+        return self._response.headers.get(name, "")
+
+    def close(self) -> None:
+        """Give the connection back, or drop it if a part of the body has not been read."""
+        self._response.close()
+
+    def extend(self, deadline: float) -> None:
+        """Allow the body more time."""
+        self._task = replace(self._task, deadline=deadline)
+
+    def read_piece(self, into: memoryview) -> int:
+        """The next bytes of the body, as many as are here now, at most PIECE_SIZE; 0 at its end.
+
+        SourceError if the body ends early, stalls, or the task's deadline has passed.
+        """
+        if time.monotonic() > self._task.deadline:
+            raise SourceError(f"{self._place}the answer is too slow")
+        try:
+            piece = self._response.raw.read1(min(len(into), PIECE_SIZE), decode_content=False)
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise SourceError(f"{self._place}{_reason(error)}") from None
+        into[: len(piece)] = piece
+        return len(piece)
+
+    def read_all(self, limit: int) -> bytes:
+        """The whole body; SourceError if it is larger than limit."""
+        content = bytearray()
+        piece = memoryview(bytearray(PIECE_SIZE))
+        while count := self.read_piece(piece):
+            content += piece[:count]
+            if len(content) > limit:
+                raise SourceError(f"{self._task.failed}: the answer is larger than {limit} bytes")
+        return bytes(content)
+
+    def require(self, *statuses: int) -> None:
+        """Raise what the status means, unless it is one of these. Closes the reply then."""
+        if self.status not in statuses:
+            try:
+                raise self._error()
+            finally:
+                self.close()
+
+    def _error(self) -> BlockdevError:
+        text = f"{self._place}answered {self.status}{self._said()}"
+        if self.status in _DENIED:
+            return AccessDenied(text)
+        if self.status == _NOT_FOUND:
+            return NotFound(text)
+        if self.status == _BUSY or self.status >= _SERVER_ERRORS:
+            told = _retry_after(self.header("Retry-After"))
+            return SourceError(text, retry_after=BUSY_SECONDS if told is None and self.status == _BUSY else told)
+        if self.status == _BAD_REQUEST and self.url.startswith("http:"):
+            return SourceError(f"{text}; if it speaks TLS, say so with --ca FILE")
+        return SourceError(text)
+
+    def _said(self) -> str:
+        """The registry's own words, if it sent them in the standard form. Other bodies are not
+        waited for: a 416 may announce the whole blob and send 14 bytes."""
+        if "json" not in self.header("Content-Type"):
+            return ""
+        try:
+            first = json.loads(self.read_all(ERROR_TEXT_SIZE))["errors"][0]
+            words = f"{first['code']} {first.get('message', '')}"
+        except (SourceError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return ""
+        return f" ({''.join(c if c.isprintable() else ' ' for c in words[:200]).strip()})"
+
+
+class _Adapter(HTTPAdapter):
+    """Trusts the system's certificates ($SSL_CERT_FILE too) and the caller's, besides those requests brings."""
+
+    def __init__(self, ca: str | None) -> None:
+        self._trust = ssl.create_default_context()
+        if ca is not None:
+            self._trust.load_verify_locations(cadata=ca)
+        super().__init__(pool_connections=CONNECTIONS_MAX, pool_maxsize=CONNECTIONS_MAX, max_retries=0)
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, ssl_context=self._trust, **kwargs)
+
+    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        return super().proxy_manager_for(proxy, ssl_context=self._trust, **kwargs)
+
+
+class Exchange:
+    """Sends requests. Thread-safe; connections are kept and shared.
+
+    `ca` is the text of PEM certificates to trust besides the system's. Plain HTTP is spoken with
+    `plain_http`, or to loopback when no `ca` is given; nothing else ever falls back to it.
+    """
+
+    def __init__(self, *, ca: str | None, plain_http: bool, timeouts: Timeouts) -> None:
+        self._ca = ca
+        self._plain_http = plain_http
+        self._timeouts = timeouts
+        self._settings = requests.Session()  # asked for proxies and $REQUESTS_CA_BUNDLE only
+        try:
+            self._adapter = _Adapter(ca)
+        except (ssl.SSLError, ValueError):
+            raise UsageError("reading the CA certificates failed: --ca: no PEM certificate in it") from None
+        # urllib3 logs whole URLs at DEBUG, signatures included.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.INFO)
+
+    def close(self) -> None:
+        """Drop the kept connections."""
+        self._adapter.close()
+
+    def base(self, host: str) -> str:
+        """scheme://host of a registry."""
+        return f"{'http' if self._may_be_plain(f'http://{host}') else 'https'}://{host}"
+
+    def check_url(self, url: str, came_from: str, task: Task) -> None:
+        """SourceError for a URL from a reply that leads to where TLS would be lost, or out of HTTP."""
+        scheme = urlsplit(url).scheme
+        plain = scheme == "http" and urlsplit(came_from).scheme == "http" and self._may_be_plain(url)
+        if scheme != "https" and not plain:
+            raise SourceError(f"{task.failed}: {origin(came_from)} points to {origin(url)}, which is not safe to use")
+
+    def send(self, task: Task, request: Request) -> Reply:
+        """One request, one reply of whatever status. SourceError if there is no reply."""
+        left = task.deadline - time.monotonic()
+        if left <= 0:
+            raise SourceError(f"{_place(task, request.url)}no time left")
+        stall = request.patience or self._timeouts.stall
+        headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity", **request.headers}
+        try:
+            prepared = requests.Request(request.method, request.url, headers, data=request.body).prepare()
+            settings: Any = self._settings.merge_environment_settings(request.url, {}, True, True, None)
+            # Not Session.send(): it reads the bodies of redirects to the end, and asks ~/.netrc.
+            limits = (min(self._timeouts.connect, left), min(stall, left))
+            response = self._adapter.send(prepared, timeout=limits, **settings)
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            raise SourceError(f"{_place(task, request.url)}{_reason(error)}") from None
+        _log.debug("%s %s: %d", request.method, without_query(request.url), response.status_code)
+        return Reply(response, request, task)
+
+    def _may_be_plain(self, url: str) -> bool:
+        return self._plain_http or (self._ca is None and is_loopback(urlsplit(url).hostname or ""))
+
+
+def is_loopback(host: str) -> bool:
+    """localhost, 127.0.0.0/8 or ::1, as written: names are not resolved."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def origin(url: str) -> str:
+    """scheme://host:port, which is what an Authorization header belongs to."""
+    parts = urlsplit(url)
+    try:
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        port = None
+    return f"{parts.scheme}://{parts.hostname}:{port}"
+
+
+def without_query(url: str) -> str:
+    """For logs."""
+    return url.partition("?")[0]
+
+
+def _place(task: Task, url: str) -> str:
+    """The start of a message: what failed, and at which host unless that has been said."""
+    said = urlsplit(url).netloc in task.failed
+    return f"{task.failed}: " if said else f"{task.failed}: {origin(url)}: "
+
+
+def _retry_after(value: str) -> float | None:
+    """Seconds from now, of either form of Retry-After."""
+    if value.isascii() and value.isdigit() and len(value) < 10:
+        return min(float(value), RETRY_AFTER_MAX)
+    try:
+        when = email.utils.parsedate_to_datetime(value).timestamp()
+    except (ValueError, OverflowError):
+        return None
+    return min(max(when - time.time(), 0.0), RETRY_AFTER_MAX)
+
+
+def _reason(error: BaseException) -> str:
+    """Why a request failed, in words without URLs: of all that led to it, what says most."""
+    causes: list[BaseException] = []
+    pending: list[object] = [error]
+    while pending:
+        link = pending.pop()
+        if isinstance(link, BaseException) and link not in causes:
+            causes.append(link)
+            pending += [link.__context__, link.__cause__, getattr(link, "reason", None), *link.args]
+    for cause in causes:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"its certificate is not trusted ({cause.verify_message})"
+    for kinds, words in _REASONS:
+        if any(isinstance(cause, kinds) for cause in causes):
+            return words
+    numbers = [cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno]
+    return os.strerror(numbers[-1]).lower() if numbers else f"the connection failed ({type(causes[-1]).__name__})"
+
+
+_REASONS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
+    ((socket.gaierror, UnicodeError), "no such host"),
+    ((ssl.SSLError,), "TLS failed"),
+    ((urllib3.exceptions.ProxyError,), "the proxy failed"),
+    ((ConnectionRefusedError,), "connection refused"),
+    ((TimeoutError, urllib3.exceptions.ReadTimeoutError), "no answer in time"),
+    ((urllib3.exceptions.IncompleteRead,), "the answer ended early"),
+    ((http.client.RemoteDisconnected,), "the connection was closed without an answer"),
+)
