@@ -1,0 +1,573 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The client against Debian's docker-registry: what it reads and writes, how it logs in, how it fails."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from blockdev.errors import AccessDenied, BlockdevError, CorruptImage, NotFound, SourceError, UsageError
+from blockdev.registry.client import Client, Part
+from blockdev.registry.credentials import Provider
+from blockdev.registry.exchange import Timeouts
+from formats import oci
+from tests.authority import Authority
+from tests.fakes.http_server import Answer, HttpServer, Seen, ranged
+from tests.fakes.token_server import TokenServer
+from tests.registries import Registry
+
+Registries = Callable[..., Registry]
+
+SECRET = "Pa55:word-and-more"
+WRONG = "not-the-Pa55word"
+CONTENT = os.urandom(3 << 20)
+DIGEST = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
+NOBODY = Provider()
+
+
+def provider(folder: Path, host: str, user: str = "ann", password: str = SECRET, **more: str) -> Provider:
+    """A config.json with one login."""
+    entry = {"auth": base64.b64encode(f"{user}:{password}".encode()).decode(), **more}
+    (folder / "config.json").write_text(json.dumps({"auths": {host: entry}}))
+    return Provider.of_environment({"DOCKER_CONFIG": str(folder)})
+
+
+def soon() -> float:
+    return time.monotonic() + 20
+
+
+def read(client: Client, offset: int, length: int, *, repository: str = "app", digest: str = DIGEST) -> bytes:
+    buffer = bytearray(length)
+    filled = 0
+    with client.open_part(Part(repository, digest, offset, length), soon()) as body:
+        assert not body.whole
+        while filled < length and (count := body.reply.read_piece(memoryview(buffer)[filled:])):
+            filled += count
+    return bytes(buffer[:filled])
+
+
+def push(client: Client, repository: str = "app", tag: str = "v1") -> str:
+    """An image with CONTENT as its layer; its digest."""
+    client.upload(repository, DIGEST, len(CONTENT), io.BytesIO(CONTENT))
+    config = oci.build_config(oci.Platform("linux", "amd64"), [DIGEST])
+    digest = oci.digest_of(config)
+    client.upload(repository, digest, len(config), io.BytesIO(config))
+    layer = oci.Descriptor(oci.OCI_LAYER, DIGEST, len(CONTENT), oci.layer_annotations(DIGEST, len(CONTENT)))
+    manifest = oci.Manifest(oci.Descriptor(oci.OCI_CONFIG, digest, len(config)), (layer,))
+    return client.put_manifest(repository, tag, manifest.media_type, manifest.build())
+
+
+@pytest.fixture
+def everything_logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    with caplog.at_level(logging.DEBUG):
+        yield caplog
+
+
+def assert_one_sentence(error: BlockdevError, *parts: str) -> None:
+    """ "what failed: which thing: why", naming the parts, without any secret."""
+    text = str(error)
+    assert text.count(" failed: ") == 1
+    assert "\n" not in text
+    for part in parts:
+        assert part in text
+    for secret in (SECRET, WRONG, base64.b64encode(f"ann:{SECRET}".encode()).decode()):
+        assert secret not in text
+
+
+# ---- reading and writing -------------------------------------------------------------------
+
+
+def test_what_was_pushed_is_read_back(registry: Registry) -> None:
+    client = Client(registry.host, NOBODY)
+    client.ping()
+    digest = push(client)
+    assert client.resolve("app", "v1") == digest
+    by_tag, by_digest = client.manifest("app", "v1"), client.manifest("app", digest)
+    assert by_tag == by_digest
+    assert by_tag.media_type == oci.OCI_MANIFEST
+    manifest = oci.parse_manifest(by_tag.body)
+    assert isinstance(manifest, oci.Manifest)
+    assert manifest.layers[0].digest == DIGEST
+    assert b"diff_ids" in client.blob("app", manifest.config.digest, 4096)
+    assert client.blob_size("app", DIGEST) == len(CONTENT)
+    assert read(client, 1_000_001, 300_000) == CONTENT[1_000_001:1_300_001]
+
+
+def test_docker_manifests_are_asked_for_too(registry: Registry) -> None:
+    client = Client(registry.host, NOBODY)
+    push(client)
+    manifest = oci.parse_manifest(client.manifest("app", "v1").body)
+    assert isinstance(manifest, oci.Manifest)
+    docker = oci.Manifest(manifest.config, manifest.layers, oci.DOCKER_MANIFEST)
+    client.put_manifest("app", "docker", docker.media_type, docker.build())
+    assert client.manifest("app", "docker").media_type == oci.DOCKER_MANIFEST
+
+
+def test_a_blob_that_is_there_is_not_sent_again(registry: Registry) -> None:
+    client = Client(registry.host, NOBODY)
+    told: list[int] = []
+    assert client.upload("app", DIGEST, len(CONTENT), io.BytesIO(CONTENT), told.append)
+    assert told[-1] == len(CONTENT)
+    assert not client.upload("app", DIGEST, len(CONTENT), io.BytesIO(CONTENT))
+    assert [access.method for access in registry.accesses()].count("PATCH") == 1
+
+
+def test_an_empty_blob_can_be_pushed(registry: Registry) -> None:
+    client = Client(registry.host, NOBODY)
+    assert client.upload("app", oci.digest_of(b""), 0, io.BytesIO())
+    assert client.blob_size("app", oci.digest_of(b"")) == 0
+
+
+def test_a_blob_of_another_content_is_not_stored(registry: Registry) -> None:
+    client = Client(registry.host, NOBODY)
+    with pytest.raises(SourceError, match="DIGEST_INVALID"):
+        client.upload("app", oci.digest_of(b"other"), 3, io.BytesIO(b"abc"))
+    with pytest.raises(CorruptImage):
+        client.upload("app", oci.digest_of(b"abcd"), 4, io.BytesIO(b"abc"))
+
+
+def test_a_connection_is_used_again(registry: Registry) -> None:
+    client = Client(registry.host, NOBODY)
+    push(client)
+    for start in range(0, 20 * 65536, 65536):
+        read(client, start, 65536)
+    client.blob_size("app", DIGEST)
+    client.manifest("app", "v1")
+    assert len(registry.connections()) == 1
+
+
+def test_a_range_past_the_end_is_an_error_and_is_not_waited_for(registry: Registry) -> None:
+    client = Client(registry.host, NOBODY)
+    push(client)
+    begin = time.monotonic()
+    with pytest.raises(SourceError, match="answered 416"):
+        read(client, len(CONTENT) + 5, 10)
+    with pytest.raises(SourceError, match="asked for bytes"):
+        read(client, len(CONTENT) - 5, 10)
+    assert time.monotonic() - begin < 2
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda client: client.manifest("app", "v2"),
+        lambda client: client.manifest("app", oci.digest_of(b"none")),
+        lambda client: client.manifest("other", "v1"),
+        lambda client: client.blob_size("app", oci.digest_of(b"none")),
+        lambda client: read(client, 0, 1, digest=oci.digest_of(b"none")),
+    ],
+)
+def test_what_is_not_there_is_not_found(registry: Registry, ask: Callable[[Client], object]) -> None:
+    client = Client(registry.host, NOBODY)
+    push(client)
+    with pytest.raises(NotFound) as caught:
+        ask(client)
+    assert_one_sentence(caught.value, registry.host)
+
+
+def test_the_registrys_own_words_are_passed_on(registry: Registry) -> None:
+    with pytest.raises(NotFound, match="MANIFEST_UNKNOWN"):
+        Client(registry.host, NOBODY).manifest("app", "v2")
+
+
+# ---- hosts that are no registry --------------------------------------------------------------
+
+
+def test_an_unreachable_registry_is_named(registry: Registry) -> None:
+    registry.stop()
+    with pytest.raises(SourceError) as caught:
+        Client(registry.host, NOBODY).manifest("app", "v1")
+    assert_one_sentence(caught.value, f"{registry.host}/app:v1", "connection refused")
+
+
+def test_a_host_that_does_not_exist_is_named() -> None:
+    with pytest.raises(SourceError) as caught:
+        Client("registry.invalid", NOBODY).manifest("app", "v1")
+    assert_one_sentence(caught.value, "registry.invalid/app:v1", "no such host")
+
+
+def test_a_registry_that_says_nothing_is_given_up() -> None:
+    gate = threading.Event()
+    with HttpServer(lambda seen: Answer(body=b"x", gate=gate)) as server:
+        client = Client(server.host, NOBODY, timeouts=Timeouts(stall=0.2))
+        with pytest.raises(SourceError) as caught:
+            client.manifest("app", "v1")
+        gate.set()
+    assert_one_sentence(caught.value, "no answer in time")
+
+
+def test_a_registry_that_comes_back_is_used_again(registry: Registry) -> None:
+    client = Client(registry.host, NOBODY)
+    push(client)
+    registry.stop()
+    with pytest.raises(SourceError):
+        read(client, 0, 10)
+    registry.start()
+    assert read(client, 0, 10) == CONTENT[:10]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "seconds"),
+    [
+        (429, SourceError, 1.0),
+        (503, SourceError, None),
+        (500, SourceError, None),
+        (403, AccessDenied, None),
+        (404, NotFound, None),
+    ],
+)
+def test_a_status_becomes_an_error_once(status: int, kind: type[BlockdevError], seconds: float | None) -> None:
+    with HttpServer(lambda seen: Answer(status)) as server, pytest.raises(kind, match=f"answered {status}") as caught:
+        Client(server.host, NOBODY).manifest("app", "v1")
+    assert getattr(caught.value, "retry_after", None) == seconds
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [("7", 7), ("Fri, 01 Jan 2100 00:00:00 GMT", 3600), ("soon", None), ("-1", None)]
+)
+def test_retry_after_is_read_in_both_forms(value: str, seconds: float | None) -> None:
+    with HttpServer(lambda seen: Answer(503, {"Retry-After": value})) as server, pytest.raises(SourceError) as caught:
+        Client(server.host, NOBODY).manifest("app", "v1")
+    assert caught.value.retry_after == seconds
+
+
+def test_a_manifest_must_have_the_digest_it_was_asked_by() -> None:
+    with HttpServer(lambda seen: Answer(body=b"{}")) as server, pytest.raises(CorruptImage, match="sha256:44136fa"):
+        Client(server.host, NOBODY).manifest("app", DIGEST)
+
+
+def test_an_endless_manifest_is_cut_off() -> None:
+    huge = bytes(oci.DOCUMENT_SIZE_MAX + 1)
+    with HttpServer(lambda seen: Answer(body=huge)) as server, pytest.raises(SourceError, match="larger than"):
+        Client(server.host, NOBODY).manifest("app", "v1")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(206, {}, b"0123456789"),
+        Answer(206, {"Content-Range": "bytes 1-10/100"}, b"0123456789"),
+        Answer(206, {"Content-Range": "bytes 0-8/100"}, b"012345678"),
+        Answer(206, {"Content-Type": "multipart/byteranges; boundary=x"}, b"--x"),
+        Answer(206, {"Content-Range": "bytes 0-9/100", "Content-Encoding": "gzip"}, b"0123456789"),
+        Answer(204),
+    ],
+)
+def test_an_answer_that_is_not_the_range_is_an_error(answer: Answer) -> None:
+    with HttpServer(lambda seen: answer) as server, pytest.raises(SourceError):
+        read(Client(server.host, NOBODY), 0, 10)
+
+
+def test_a_body_that_ends_early_is_an_error() -> None:
+    answer = Answer(206, {"Content-Range": "bytes 0-9/100"}, b"0123456789", cut=5)
+    with HttpServer(lambda seen: answer) as server, pytest.raises(SourceError, match="ended early"):
+        read(Client(server.host, NOBODY), 0, 10)
+
+
+def test_a_body_that_dribbles_is_given_up_at_its_deadline() -> None:
+    gate = threading.Event()
+    answer = Answer(206, {"Content-Range": "bytes 0-9/100"}, b"0123456789", gate=gate, hold_at=5)
+    with HttpServer(lambda seen: answer) as server:
+        client = Client(server.host, NOBODY)
+        begin = time.monotonic()
+        with client.open_part(Part("app", DIGEST, 0, 10), begin + 0.3) as body:
+            buffer = memoryview(bytearray(10))
+            assert body.reply.read_piece(buffer) == 5
+            with pytest.raises(SourceError, match="no answer in time"):
+                body.reply.read_piece(buffer)
+        assert time.monotonic() - begin < 5
+        gate.set()
+
+
+# ---- logging in ------------------------------------------------------------------------------------
+
+
+def test_basic_login(registries: Registries, tmp_path: Path) -> None:
+    registry = registries(users={"ann": SECRET})
+    client = Client(registry.host, provider(tmp_path, registry.host))
+    client.ping()
+    push(client)
+    assert read(client, 5, 10) == CONTENT[5:15]
+
+
+def test_a_wrong_password_is_denied_at_once(
+    registries: Registries, tmp_path: Path, everything_logged: pytest.LogCaptureFixture
+) -> None:
+    registry = registries(users={"ann": SECRET})
+    begin = time.monotonic()
+    with pytest.raises(AccessDenied) as caught:
+        Client(registry.host, provider(tmp_path, registry.host, password=WRONG)).manifest("team/app", "v1")
+    assert time.monotonic() - begin < 5
+    assert_one_sentence(caught.value, f"{registry.host}/team/app", "refused")
+    assert WRONG not in everything_logged.text
+    assert len(registry.accesses("/team/app")) <= 3
+
+
+def test_no_credentials_are_told_from_wrong_ones(registries: Registries) -> None:
+    registry = registries(users={"ann": SECRET})
+    with pytest.raises(AccessDenied) as caught:
+        Client(registry.host, NOBODY).manifest("app", "v1")
+    assert_one_sentence(caught.value, f"{registry.host}/app", "no credentials are known")
+
+
+def test_a_password_that_changes_is_looked_up_again(registries: Registries, tmp_path: Path) -> None:
+    registry = registries(users={"ann": SECRET})
+    client = Client(registry.host, provider(tmp_path, registry.host))
+    push(client)
+    registry.stop()
+    registry.folder.joinpath("htpasswd").write_text("")
+    other = registries(users={"ann": WRONG})
+    registry.folder.joinpath("htpasswd").write_text(other.folder.joinpath("htpasswd").read_text())
+    registry.start()
+    with pytest.raises(AccessDenied):
+        read(client, 0, 10)
+    provider(tmp_path, registry.host, password=WRONG)
+    assert read(client, 0, 10) == CONTENT[:10]
+
+
+@pytest.fixture
+def tokens(authority: Authority) -> Iterator[TokenServer]:
+    with TokenServer(authority.root, {"ann": SECRET}) as server:
+        yield server
+
+
+def test_token_login(registries: Registries, tokens: TokenServer, tmp_path: Path) -> None:
+    registry = registries(auth=tokens.registry_options())
+    client = Client(registry.host, provider(tmp_path, registry.host))
+    push(client)
+    asked = len(tokens.seen)
+    for _ in range(3):
+        assert read(client, 5, 10) == CONTENT[5:15]
+    assert len(tokens.seen) == asked + 1  # one token to push, one to pull
+
+
+def test_anonymous_tokens_are_enough_where_they_are_given(registries: Registries, authority: Authority) -> None:
+    with TokenServer(authority.root, {}) as tokens:
+        registry = registries(auth=tokens.registry_options())
+        push(Client(registry.host, NOBODY))
+        assert read(Client(registry.host, NOBODY), 5, 10) == CONTENT[5:15]
+
+
+def test_an_identity_token_is_exchanged(registries: Registries, tokens: TokenServer, tmp_path: Path) -> None:
+    tokens.identity_tokens.add("refresh-me")
+    registry = registries(auth=tokens.registry_options())
+    client = Client(registry.host, provider(tmp_path, registry.host, password="unused", identitytoken="refresh-me"))
+    push(client)
+    assert {seen.method for seen in tokens.seen} == {"POST"}
+
+
+@pytest.mark.parametrize("more", [{"password": WRONG}, {"identitytoken": WRONG}])
+def test_a_token_service_that_refuses_is_denied(
+    registries: Registries,
+    tokens: TokenServer,
+    tmp_path: Path,
+    everything_logged: pytest.LogCaptureFixture,
+    more: dict[str, str],
+) -> None:
+    registry = registries(auth=tokens.registry_options())
+    begin = time.monotonic()
+    with pytest.raises(AccessDenied) as caught:
+        Client(registry.host, provider(tmp_path, registry.host, **more)).manifest("app", "v1")
+    assert time.monotonic() - begin < 5
+    assert_one_sentence(caught.value, f"{registry.host}/app", "refused")
+    assert WRONG not in everything_logged.text
+
+
+def test_a_token_for_less_than_was_asked_is_denied(registries: Registries, tokens: TokenServer, tmp_path: Path) -> None:
+    registry = registries(auth=tokens.registry_options())
+    tokens.generous = False
+    with pytest.raises(AccessDenied):
+        Client(registry.host, provider(tmp_path, registry.host)).manifest("app", "v1")
+    assert len(tokens.seen) == 1
+
+
+def test_a_token_is_renewed_before_it_ends_and_by_one_thread(
+    registries: Registries, authority: Authority, tmp_path: Path
+) -> None:
+    with TokenServer(authority.root, {"ann": SECRET}, life=1) as tokens:
+        registry = registries(auth=tokens.registry_options())
+        client = Client(registry.host, provider(tmp_path, registry.host))
+        push(client)
+        begin, asked = time.monotonic(), len(tokens.seen)
+        failures: list[BlockdevError] = []
+
+        def reader() -> None:
+            try:
+                while time.monotonic() < begin + 2:
+                    read(client, 0, 10)
+            except BlockdevError as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=reader) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        assert 3 <= len(tokens.seen) - asked <= 4
+        refused = [access for access in registry.accesses(f"/blobs/{DIGEST}") if access.status == 401]
+        assert len(refused) <= 1 + len(threads), "only who came before the first token was told that one is wanted"
+
+
+def test_a_token_that_is_no_longer_good_is_replaced(
+    registries: Registries, tokens: TokenServer, tmp_path: Path
+) -> None:
+    registry = registries(auth=tokens.registry_options())
+    client = Client(registry.host, provider(tmp_path, registry.host))
+    push(client)
+    read(client, 0, 10)
+    registry.stop()
+    tokens.signer = Authority(_folder(tmp_path, "second")).root
+    registry.options["auth"] = tokens.registry_options()
+    registry.start()
+    assert read(client, 0, 10) == CONTENT[:10]
+
+
+def test_a_token_service_that_is_down_does_not_cost_a_good_token(
+    registries: Registries, authority: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with TokenServer(authority.root, {"ann": SECRET}, life=2) as tokens:
+        registry = registries(auth=tokens.registry_options())
+        client = Client(registry.host, provider(tmp_path, registry.host))
+        push(client)
+        begin = time.monotonic()
+        read(client, 0, 10)
+        tokens.well = False
+
+        def read_on() -> None:
+            while time.monotonic() < begin + 10:
+                assert read(client, 0, 10) == CONTENT[:10]
+
+        with pytest.raises(SourceError, match="503"):
+            read_on()
+        assert time.monotonic() >= begin + tokens.life, "a good token was not used to its end"
+        tokens.well = True
+        assert read(client, 0, 10) == CONTENT[:10]
+    assert [record for record in caplog.records if "renewing a token failed" in record.message]
+
+
+def _folder(parent: Path, name: str) -> Path:
+    folder = parent / name
+    folder.mkdir()
+    return folder
+
+
+# ---- TLS ----------------------------------------------------------------------------------------------
+
+
+def test_a_private_ca_is_trusted_when_it_is_given(registries: Registries, authority: Authority) -> None:
+    registry = registries(tls=authority.server("127.0.0.1"))
+    client = Client(registry.host, NOBODY, ca=authority.root.pem)
+    push(client)
+    assert read(client, 5, 10) == CONTENT[5:15]
+
+
+def test_a_ca_that_did_not_sign_is_refused(registries: Registries, authority: Authority, tmp_path: Path) -> None:
+    registry = registries(tls=authority.server("127.0.0.1"))
+    other = Authority(_folder(tmp_path, "other"))
+    with pytest.raises(SourceError) as caught:
+        Client(registry.host, NOBODY, ca=other.root.pem).manifest("app", "v1")
+    assert_one_sentence(caught.value, f"{registry.host}/app:v1", "certificate is not trusted")
+
+
+def test_a_certificate_for_another_name_is_refused(registries: Registries, authority: Authority) -> None:
+    registry = registries(tls=authority.server("registry.example"))
+    with pytest.raises(SourceError, match="certificate is not trusted"):
+        Client(registry.host, NOBODY, ca=authority.root.pem).manifest("app", "v1")
+
+
+def test_without_a_ca_tls_on_loopback_is_not_guessed(registries: Registries, authority: Authority) -> None:
+    registry = registries(tls=authority.server("127.0.0.1"))
+    with pytest.raises(SourceError, match="--ca FILE"):
+        Client(registry.host, NOBODY).manifest("app", "v1")
+
+
+def test_with_a_ca_plain_http_is_no_fallback(registry: Registry, authority: Authority) -> None:
+    with pytest.raises(SourceError, match="TLS failed"):
+        Client(registry.host, NOBODY, ca=authority.root.pem).manifest("app", "v1")
+    Client(registry.host, NOBODY, ca=authority.root.pem, plain_http=True).ping()
+
+
+def test_what_is_no_certificate_is_a_usage_error() -> None:
+    with pytest.raises(UsageError):
+        Client("localhost", NOBODY, ca="not PEM")
+
+
+@pytest.mark.parametrize(
+    ("host", "plain", "want"),
+    [
+        ("localhost:5000", False, "http"),
+        ("127.3.2.1:5000", False, "http"),
+        ("[::1]:5000", False, "http"),
+        ("registry.example", False, "https"),
+        ("localhost.example", False, "https"),
+        ("10.0.0.1:5000", False, "https"),
+        ("10.0.0.1:5000", True, "http"),
+        ("docker.io", False, "https"),
+    ],
+)
+def test_plain_http_is_for_loopback_or_on_demand(host: str, plain: bool, want: str) -> None:
+    assert Client(host, NOBODY, plain_http=plain)._base.startswith(f"{want}://")
+
+
+# ---- redirects ---------------------------------------------------------------------------------------------
+
+
+class Store:
+    """The object store that a registry redirects blobs to: docker-registry's own files."""
+
+    def __init__(self) -> None:
+        self.folder = Path()
+        self.server = HttpServer(self._answer)
+
+    def _answer(self, seen: Seen) -> Answer:
+        return ranged(seen, (self.folder / seen.path.lstrip("/")).read_bytes())
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    store = Store()
+    yield store
+    store.server.close()
+
+
+def test_a_redirect_is_followed_without_authorization(registries: Registries, store: Store, tmp_path: Path) -> None:
+    registry = registries(users={"ann": SECRET}, redirect_to=store.server.url)
+    store.folder = registry.storage
+    client = Client(registry.host, provider(tmp_path, registry.host))
+    push(client)
+    asked = len(registry.accesses("/blobs/"))
+    for start in (0, 65536, 131072):
+        assert read(client, start, 65536) == CONTENT[start : start + 65536]
+    assert len(registry.accesses("/blobs/")) - asked <= 2, "the target is remembered"
+    assert client.blob_size("app", DIGEST) == len(CONTENT)
+    assert [seen.range for seen in store.server.seen if seen.range] == [(0, 65535), (65536, 131071), (131072, 196607)]
+    assert not [seen for seen in store.server.seen if "authorization" in seen.headers]
+
+
+def test_a_redirect_does_not_leave_tls(authority: Authority) -> None:
+    with HttpServer(lambda seen: Answer()) as plain:
+        context = authority.server("127.0.0.1").server_context()
+        with HttpServer(lambda seen: Answer(307, {"Location": f"{plain.url}/x?secret=1"}), context) as server:
+            client = Client(server.host, NOBODY, ca=authority.root.pem, plain_http=False)
+            with pytest.raises(SourceError, match="not safe to use") as caught:
+                read(client, 0, 10)
+        assert not plain.seen
+    assert "secret" not in str(caught.value)
+
+
+def test_redirects_that_never_end_are_an_error() -> None:
+    with HttpServer(lambda seen: Answer(307, {"Location": "/again"})) as server:
+        with pytest.raises(SourceError, match="redirects more than 5 times"):
+            read(Client(server.host, NOBODY), 0, 10)
+        assert len(server.seen) == 6
