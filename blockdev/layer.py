@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from blockdev.engine import EXTENT_SIZE, Blob, Codec, File, LayerKind, LayerTable, Priority, ZFileHead
-from blockdev.errors import CorruptImage
+from blockdev.errors import CorruptImage, SourceError
 from formats import lsmt, tar, zfile
 from formats.errors import FormatError
 from formats.readat import Window
@@ -180,3 +180,5 @@ def _judge(name: str, base: int = 0, inside: str = "") -> Iterator[None]:
         raise CorruptImage(f"open layer: {name}: offset {offset}{inside}: {error.what}") from error
     except CorruptImage as error:
         raise CorruptImage(f"open layer: {name}: offset {base}{inside}: {error}") from error
+    except SourceError as error:
+        raise SourceError(f"open layer: {name}: {error}") from error
