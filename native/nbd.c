@@ -72,12 +72,11 @@ struct ob_nbd {
 	atomic_int references;         /* the handle, and each read between submit and complete */
 	struct ob_image *image;
 	int fd;
-	int wake;                      /* eventfd: `finished` or one of the flags has changed */
+	int wake;                      /* eventfd: `finished` or `closing` has changed */
 	ob_nbd_config config;
 	pthread_t thread;
 	_Atomic(struct slot *) finished;
 	atomic_int closing;            /* take no more requests */
-	atomic_int abandoned;          /* and wait for nothing */
 	pthread_mutex_t lock;          /* of ended */
 	pthread_cond_t at_end;
 	bool ended;
@@ -375,7 +374,7 @@ static void read_complete(struct ob_request *request, int status)
 static bool nbd_admit(struct ob_nbd *nbd, uint64_t length)
 {
 	while (nbd->parked && (nbd->parked >= PARKED_MAX || nbd->parked_bytes + length > PARKED_BYTES_MAX))
-		if (!nbd_collect(nbd) || atomic_load(&nbd->closing) || nbd_wait(nbd, 0, -1))
+		if (!nbd_collect(nbd) || nbd_wait(nbd, 0, -1))
 			return false;
 	return true;
 }
@@ -488,7 +487,7 @@ static void nbd_linger(struct ob_nbd *nbd)
 {
 	int64_t until = engine_now() + LINGER_NS, left = LINGER_NS;
 
-	while (nbd_collect(nbd) && nbd->parked && !atomic_load(&nbd->abandoned) && left > 0) {
+	while (nbd_collect(nbd) && nbd->parked && left > 0) {
 		if (nbd_wait(nbd, 0, (int)(left / 1000000) + 1))
 			return;
 		left = until - engine_now();
@@ -578,9 +577,8 @@ void ob_nbd_close(struct ob_nbd *nbd, int64_t timeout_ns)
 	while (!nbd->ended && engine_now() < until)
 		engine_wait_until(&nbd->at_end, &nbd->lock, until);
 	pthread_mutex_unlock(&nbd->lock);
-	atomic_store(&nbd->abandoned, 1);
+	/* Hung up from our side, which ends every wait of the thread as the client's would. */
 	shutdown(nbd->fd, SHUT_RDWR);
-	nbd_wake(nbd);
 	pthread_join(nbd->thread, NULL);
 	nbd_unref(nbd);
 }

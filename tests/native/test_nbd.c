@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -535,16 +536,38 @@ static void test_close_leaves_what_does_not_end(void)
 	stand_close(&stand);
 }
 
+/* The same with a further read that has no place among the parked. */
+static void test_close_while_the_parked_are_full(int family)
+{
+	enum { COUNT = 200 };
+	struct stand stand;
+	ob_fetch *fetches[COUNT];
+	int count;
+
+	stand_open(&stand, family, 1);
+	for (uint64_t i = 0; i < COUNT; i++)
+		ask(&stand, CMD_READ, 0, i, PRESENT + i * EXTENT, 10);
+	count = take(&stand, fetches, COUNT);
+	ob_nbd_close(stand.nbd, SECOND_NS / 50);
+	stand.nbd = NULL;
+	for (int i = 0; i < count; i++)
+		answer(fetches[i]);
+	stand_close(&stand);
+}
+
 static void test_client_that_vanishes(void)
 {
 	struct stand stand;
+	time_t started;
 
 	stand_open(&stand, AF_UNIX, 1);
 	ask(&stand, CMD_READ, 0, PRESENT, PRESENT, 700);
 	ask(&stand, CMD_READ, 0, 0, 0, 512);
 	expect_data_chunk(&stand, 512);
 	close(stand.client);
+	started = time(NULL);
 	expect_closed_event(&stand);
+	CHECK(time(NULL) - started < 15);          /* not after half a minute's lingering */
 	stand.client = -1;
 	stand_close(&stand);
 }
@@ -664,6 +687,8 @@ int main(void)
 	test_parks_no_more_than_its_limit();
 	test_close_waits_for_what_is_in_hand();
 	test_close_leaves_what_does_not_end();
+	test_close_while_the_parked_are_full(AF_UNIX);
+	test_close_while_the_parked_are_full(AF_INET);
 	test_client_that_vanishes();
 	test_client_that_never_reads(AF_UNIX);
 	test_client_that_never_reads(AF_INET);
