@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import errno
 import logging
-import random
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from blockdev.engine import Blob, Engine, EngineStopped, Fetch, Priority
-from blockdev.errors import BlockdevError, SourceError
+from blockdev.errors import BlockdevError
+from blockdev.source import Source, Spilled
+from blockdev.source.retrying import Backoff
 
 log = logging.getLogger(__name__)
 
@@ -32,29 +31,7 @@ ATTEMPT_TIMEOUT = 30.0  # seconds for one range: a slow link's 4 MiB; what has a
 PROBE_TIMEOUT = 3.0  # seconds; a probe moves a few bytes, and others wait behind it
 PROBE_INTERVAL = 1.0  # seconds between rounds: how late a source's return is noticed
 _IDLE = 60.0  # seconds of one wait for a fetch; Engine.stop() ends it at once
-_DELAY_FIRST = 0.1  # seconds before the second attempt; doubles with each one
-_DELAY_MAX = 3.0  # seconds: as late as a reader may notice that the source is back
-_RETRY_AFTER_MAX = 60.0  # seconds: no server gets to stop us for longer
-
-
-class Source(Protocol):
-    """One immutable blob, by offset. Thread-safe. A short read is an error, never a result."""
-
-    @property
-    def name(self) -> str:
-        """What messages call it; holds no secret."""
-        ...
-
-    def read_into(self, offset: int, buffer: memoryview, *, deadline: float, progress: Callable[[int], None]) -> None:
-        """Fill the buffer from offset, by `deadline` (time.monotonic()).
-
-        progress(n): the first n bytes of the buffer are right now. What it raises ends the read.
-        """
-        ...
-
-    def probe(self, deadline: float) -> None:
-        """Return if the source is well, else raise."""
-        ...
+_AT_ONCE = 0.001  # seconds; 0 would mean not at all
 
 
 @dataclass(frozen=True)
@@ -68,8 +45,10 @@ class _Supply:
 class Pool:
     """The fetch threads of an engine. start(), then attach() sources; Engine.stop() before join()."""
 
-    def __init__(self, engine: Engine, threads: int = THREADS) -> None:
+    def __init__(self, engine: Engine, threads: int = THREADS, backoff: Backoff | None = None) -> None:
+        """`backoff` may be shared with whoever else talks to the same hosts."""
         self._engine = engine
+        self._backoff = backoff or Backoff()
         self._supplies: dict[int, _Supply] = {}
         self._down: set[int] = set()
         self._failing: dict[int, str] = {}  # blob id: why its last fetch failed
@@ -140,24 +119,31 @@ class Pool:
     def _answer(self, fetch: Fetch) -> None:
         """One fetch, from taken to given back."""
         supply = self._supplies.get(fetch.blob_id)
-        name = supply.source.name if supply else f"blob {fetch.blob_id}"
+        if supply is None:
+            log.warning("fetch failed blob=%d offset=%d: it has no source any more", fetch.blob_id, fetch.offset)
+            fetch.finish(errno.EIO)
+            return
+        source = supply.source
+        wait = self._backoff.admit(source.host)
+        if wait:
+            fetch.finish(errno.EAGAIN, retry=wait)
+            return
         try:
-            if supply is None:
-                raise SourceError(f"fetch: {name}: it has no source any more")
-            self._read(fetch, supply.source)
+            self._read(fetch, source)
         except EngineStopped:
             fetch.finish(errno.ESHUTDOWN)
+        except Spilled:
+            fetch.finish(errno.EAGAIN, retry=_AT_ONCE)  # the engine looks what is there now
         except BlockdevError as error:
-            self._note_failure(fetch, name, error)
-            # A server may know better than we when to come again.
-            asked = min(getattr(error, "retry_after", None) or 0.0, _RETRY_AFTER_MAX)
-            fetch.finish(errno.EIO, retry=max(asked, _delay(fetch.attempt)) if supply and error.retriable else 0.0)
+            self._note_failure(fetch, source.name, error)
+            fetch.finish(errno.EIO, retry=self._backoff.failed(source.host, error) if error.retriable else 0.0)
         except Exception as error:  # noqa: BLE001 - a fetch that is not given back hangs its readers
-            _log_defect("fetch", name, error)
+            _log_defect("fetch", source.name, error)
             fetch.finish(errno.EIO)
         else:
+            self._backoff.succeeded(source.host)
             if self._failing.pop(fetch.blob_id, None) is not None:
-                log.info("source delivers again source=%s", name)
+                log.info("source delivers again source=%s", source.name)
             fetch.finish()
 
     def _read(self, fetch: Fetch, source: Source) -> None:
@@ -217,12 +203,8 @@ class Pool:
             if self._supplies.get(id) is supply:
                 supply.blob.healthy()
             self._down.discard(id)
+        self._backoff.succeeded(supply.source.host)
         log.info("source is back source=%s", supply.source.name)
-
-
-def _delay(attempt: int) -> float:
-    """Seconds until the next attempt; random, so that many readers do not come back as one."""
-    return min(_DELAY_FIRST * 2.0 ** min(attempt, 10), _DELAY_MAX) * random.uniform(0.5, 1.0)
 
 
 def _log_defect(what: str, name: str, error: Exception) -> None:

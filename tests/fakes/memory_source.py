@@ -19,6 +19,7 @@ class MemorySource:
     def __init__(self, content: bytes, name: str = "memory") -> None:
         self.content = content
         self.name = name
+        self.host = name
         self.well = True
         self.failures: deque[Exception] = deque()
         self.gate = threading.Event()
