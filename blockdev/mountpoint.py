@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import socket
 import stat
 import struct
@@ -36,7 +37,11 @@ log = logging.getLogger(__name__)
 FUSE_KIND = "fuse.ociblk"  # the type our files have in the mount table
 UMOUNT_DEADLINE = 10.0  # seconds; promised to whoever calls umount
 TEARDOWN_PATIENCE = 4.0  # seconds reads in flight may hold up a umount before they are failed
-EROFS_FROM_FILE = (6, 12)  # the first Linux that mounts EROFS from a regular file
+# Linux mounts EROFS from a regular file since 6.12, but took a short read of that file, as
+# an error in its middle gives, for zeros: wrong bytes, cached. Fixed by upstream commit
+# eade54040384 in 7.0, and in these stable series from this version on.
+EROFS_FROM_FILE_SINCE = (7, 0)
+EROFS_FROM_FILE_STABLE = {(6, 12): 80, (6, 18): 21}
 FUSERMOUNT = "fusermount3"  # mounts FUSE for those who may not mount(2)
 LINKS_MAX = 40  # symbolic links followed in a path, as in the kernel
 
@@ -217,17 +222,17 @@ def _run_fusermount(arguments: list[str], path: Path, *, commfd: int = -1) -> No
             [FUSERMOUNT, *arguments], pass_fds=passed, env=environment, capture_output=True, text=True, check=False
         )
     except OSError as error:
-        raise DeviceError(f"mounting failed: {path}: {FUSERMOUNT}: {error.strerror}") from error
+        raise DeviceError(f"{FUSERMOUNT} failed: {path}: {error.strerror}") from error
     if result.returncode != 0:
         why = result.stderr.strip().removeprefix(f"{FUSERMOUNT}: ") or f"exit status {result.returncode}"
-        raise DeviceError(f"mounting failed: {path}: {FUSERMOUNT}: {why}")
+        raise DeviceError(f"{FUSERMOUNT} failed: {path}: {why}")
 
 
 def mount_filesystem(file: Path, directory: Path, options: MountOptions) -> Mounted:
     """Mount what a served FUSE file holds on a directory.
 
-    EROFS goes straight from the file where the kernel has that; everything else, and
-    EROFS where the kernel says it has not (ENOTBLK), through a loop device.
+    EROFS goes straight from the file where this kernel does that right; everything else, and
+    EROFS where the kernel was built without it (ENOTBLK), through a loop device.
     """
     file = _locate(file)
     directory, place = _place(directory)
@@ -235,7 +240,7 @@ def mount_filesystem(file: Path, directory: Path, options: MountOptions) -> Moun
         raise DeviceError(f"mount failed: {directory}: not a directory")
     kind = _detect(file)
     data = ",".join((*kind.options, *options.rest))
-    if kind.name == "erofs" and _kernel() >= EROFS_FROM_FILE:
+    if kind.name == "erofs" and erofs_from_file(os.uname().release):
         try:
             syscalls.mount(file, directory, kind.name, flags=options.flags, options=data)
             return Mounted(file, directory, kind.name)
@@ -253,9 +258,13 @@ def mount_filesystem(file: Path, directory: Path, options: MountOptions) -> Moun
         raise DeviceError(f"mount failed: {directory}: {kind.name}: {error.filename}: {error.strerror}") from error
 
 
-def _kernel() -> tuple[int, int]:
-    major, minor, *_ = os.uname().release.split(".")
-    return int(major), int("".join(filter(str.isdigit, minor[:3])))
+def erofs_from_file(release: str) -> bool:
+    """Whether the kernel of this release mounts EROFS from a file, and rightly."""
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
+    if not match:
+        return False
+    series, patch = (int(match[1]), int(match[2])), int(match[3] or 0)
+    return series >= EROFS_FROM_FILE_SINCE or patch >= EROFS_FROM_FILE_STABLE.get(series, patch + 1)
 
 
 # ---- umount ----

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 from typing import ClassVar
 
-from blockdev.engine import FuseSession, Image
+from blockdev.engine import FuseSession
+from blockdev.image import OpenImage
 
 THREADS = 2  # read /dev/fuse and answer hits; misses wait in slots, not in threads
 SLOTS = 64  # requests in hand; a loop device alone keeps 128 in flight, so depth pays
@@ -30,9 +31,9 @@ class FuseTransport:
         self._memfd = os.memfd_create(f"ociblk-fuse-{id}", os.MFD_CLOEXEC)
         self._session: FuseSession | None = None
 
-    def attach(self, image: Image) -> None:
+    def attach(self, image: OpenImage) -> None:
         """Begin to serve. Once."""
-        self._session = image.serve_fuse(self._fuse_fd, self._memfd, id=self._id, threads=THREADS, slots=SLOTS)
+        self._session = image.image.serve_fuse(self._fuse_fd, self._memfd, id=self._id, threads=THREADS, slots=SLOTS)
 
     def detach(self, *, timeout: float) -> None:
         """End. Idempotent.

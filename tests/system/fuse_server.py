@@ -14,6 +14,7 @@ from pathlib import Path
 
 from blockdev.config import Policy
 from blockdev.engine import Blob, Engine, EventKind, LayerKind, LayerTable
+from blockdev.image import OpenImage
 from blockdev.transport.fuse import FuseTransport
 
 TABLE_OFFSET = 4096
@@ -31,7 +32,8 @@ def open_blob(engine: Engine, file: Path, how: str) -> Blob:
 
 def main(fuse_fd: int, file: Path, how: str) -> None:
     with Engine() as engine, open_blob(engine, file, how) as blob, blob.open_raw(0, blob.size) as content:
-        with engine.open_image([LayerTable(LayerKind.FLAT, content, content)], blob.size) as image:
+        table = LayerTable(LayerKind.FLAT, content, content)
+        with OpenImage(engine.open_image([table], blob.size), []) as image:
             transport = FuseTransport(fuse_fd, id=1)
             transport.attach(image)
             print("ready", flush=True)
