@@ -179,7 +179,8 @@ def mount_file(path: Path) -> int:
     """Mount a FUSE file on a regular file; returns the /dev/fuse descriptor to serve it by.
 
     The kernel's first request waits in the descriptor, so until somebody serves it every
-    use of the path waits too. Users other than root go through fusermount3.
+    use of the path waits too. Only the mounting user may open the file (FUSE's rule, as we
+    do not ask for allow_other). Users other than root go through fusermount3.
     """
     path, kind = _place(path)
     if kind != stat.S_IFREG:
@@ -191,7 +192,7 @@ def mount_file(path: Path) -> int:
     except OSError as error:
         raise DeviceError(f"mount failed: /dev/fuse: {error.strerror}") from error
     owner = f"user_id={os.geteuid()},group_id={os.getegid()}"
-    options = f"fd={fd},rootmode=100444,{owner},allow_other,default_permissions"
+    options = f"fd={fd},rootmode=100444,{owner},default_permissions"
     flags = syscalls.MS_RDONLY | syscalls.MS_NODEV | syscalls.MS_NOSUID | syscalls.MS_NOEXEC
     try:
         syscalls.mount("ociblk", path, FUSE_KIND, flags=flags, options=options)

@@ -118,6 +118,13 @@ def finish(reader: subprocess.Popen[str]) -> int:
     return int(out)
 
 
+def open_to_users(folder: Path) -> None:
+    """Let everybody pass through to the folder."""
+    for path in (folder, *folder.parents):
+        if path.stat().st_mode & 0o111 != 0o111:
+            path.chmod(0o711)
+
+
 # ---- mount ----
 
 
@@ -212,6 +219,18 @@ def test_without_fuse_the_error_says_so(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "disk").touch()
     with pytest.raises(DeviceError, match="/dev/fuse"):
         mountpoint.mount_file(tmp_path / "disk")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_other_users_read_the_file_system_but_not_the_disk(mounter: Mounter, way: str, tmp_path: Path) -> None:
+    mount = mounter(way)
+    open_to_users(tmp_path)
+    as_nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "cat"]
+    result = subprocess.run([*as_nobody, mount.directory / "big"], capture_output=True, check=True)
+    assert result.stdout == (mount.tree / "big").read_bytes()
+    refused = subprocess.run([*as_nobody, mount.disk.file], capture_output=True, text=True, check=False)
+    assert "Permission denied" in refused.stderr
+    mountpoint.umount(mount.directory)
 
 
 # ---- umount ----
@@ -356,9 +375,7 @@ def test_a_user_mounts_a_file_through_fusermount(tmp_path: Path) -> None:
     file.touch()
     for path in (tmp_path / "home", file):
         os.chown(path, nobody, nobody)
-    for path in file.parents:
-        if path.stat().st_mode & 0o111 != 0o111:
-            path.chmod(0o711)  # the user has to get there
+    open_to_users(file.parent)
     code = (
         "import sys; from pathlib import Path; from blockdev import mountpoint\n"
         f"file = Path({str(file)!r})\n"
