@@ -20,8 +20,8 @@ from dataclasses import asdict
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
-from blockdev.engine import Image
 from blockdev.errors import BlockdevError, DeviceError, EngineError
+from blockdev.image import OpenImage
 from blockdev.stack import Stack
 from blockdev.transport.nbd import NbdServer
 
@@ -42,7 +42,7 @@ class Transport(Protocol):
 
     name: ClassVar[str]
 
-    def attach(self, image: Image) -> None:
+    def attach(self, image: OpenImage) -> None:
         """Begin to answer requests. Once."""
         ...
 
@@ -63,8 +63,8 @@ class NbdTransport:
         self._export = export
         self._server: NbdServer | None = None
 
-    def attach(self, image: Image) -> None:
-        self._server = NbdServer(self._listener, image, name=self._export)
+    def attach(self, image: OpenImage) -> None:
+        self._server = NbdServer(self._listener, image.image, name=self._export)
 
     def detach(self, *, timeout: float) -> None:
         if self._server:
@@ -107,7 +107,7 @@ class Device:
                 raise EngineError(f"attaching failed: device {self.id}: it is {self._state.value}")
             self.transport = transport
         try:
-            transport.attach(self.stack.image.image)
+            transport.attach(self.stack.image)
         except BlockdevError:
             self.drain(0)
             raise

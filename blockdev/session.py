@@ -31,6 +31,7 @@ from blockdev.errors import BlockdevError, DeviceError, EngineError, UsageError
 from blockdev.origin import Origin
 from blockdev.owner import Owner
 from blockdev.stack import Stack
+from blockdev.transport.fuse import FuseTransport
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Session:
         self._ops: dict[str, Callable[[Message], Body]] = {
             "hello": self._hello,
             "serve": self._serve,
+            "mount": self._mount,
             "inspect": self._inspect,
             "verify": self._verify,
             "export": self._export,
@@ -134,6 +136,33 @@ class Session:
         if ending is None:
             raise ConnectionAbortedError
         return {"ended": device.id}
+
+    def _mount(self, message: Message) -> Body:
+        """Open an image; then the caller mounts FUSE and passes it ("fuse"), mounts what it wants
+        of it and says so ("mounted"). If it does not get so far, nothing of it stays here."""
+        device = self._owner.add_device(self._open(message))
+        try:
+            self._channel.send({"id": device.id, "size": device.size})
+            fuse_fd = self._next("fuse").take()[0]
+            device.attach(FuseTransport(fuse_fd, id=device.id))
+            self._channel.send({"serving": device.id})
+            mounted = self._next("mounted").body
+            device.where, device.how = mounted["where"], mounted["how"]
+        except BaseException:
+            device.drain(0)
+            raise
+        self._device_live(device)
+        return {"id": device.id}
+
+    def _next(self, op: str) -> Message:
+        """The caller's next request, which has to be this one."""
+        message = self._channel.receive()
+        if message is None:
+            raise ConnectionAbortedError
+        if message.body.get("op") != op:
+            message.close()
+            raise UsageError(f"asking the owner failed: {message.body.get('op')!r}: {op} has to come first")
+        return message
 
     def _device_live(self, device: Device) -> None:
         name = device.transport.name if device.transport else ""

@@ -27,6 +27,8 @@ from blockdev.errors import BlockdevError, EngineError, UsageError
 # name: module, one line of help
 _COMMANDS = {
     "serve": ("serve", "serve an image over NBD, in the foreground"),
+    "mount": ("mount", "mount the file system of an image, read-only"),
+    "umount": ("umount", "unmount what mount mounted"),
     "ps": ("ps", "what is mounted and exported"),
     "inspect": ("inspect", "what an image or layer file is made of"),
     "verify": ("verify", "read everything and check every checksum"),
@@ -70,6 +72,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _leave(number: int, _frame: object) -> NoReturn:
     sys.exit(128 + number)
+
+
+def mount_helper() -> int:
+    """mount.ociblk IMAGE DIR [-sfnv] [-o OPTIONS], as mount(8) and fstab call it for type ociblk.
+
+    An option ociblk.NAME[=VALUE] is our --NAME; "rw", which mount(8) adds by itself, is dropped.
+    """
+    known = {"-s": 0, "-f": 0, "-n": 0, "-v": 0, "-N": 1, "-t": 1}  # mount(8)'s own, and how many words follow
+    words, kept = iter(sys.argv[1:]), ["mount"]
+    for word in words:
+        if word == "-f":  # --fake: all but the mounting
+            return 0
+        if word == "-o":
+            options = [option for option in next(words, "").split(",") if option != "rw"]
+            ours = [option.removeprefix("ociblk.") for option in options if option.startswith("ociblk.")]
+            rest = ",".join(option for option in options if not option.startswith("ociblk."))
+            kept += [f"--{option}" for option in ours] + ["-o", rest]
+        elif word not in known:
+            kept.append(word)
+        elif known[word]:
+            next(words, None)
+    return main(kept)
 
 
 def _fail(error: BlockdevError) -> int:

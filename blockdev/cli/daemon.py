@@ -9,8 +9,10 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 from blockdev import client, control, journal
+from blockdev.cli.umount import unmount
 from blockdev.errors import BlockdevError, DeviceError, UsageError
 from blockdev.root import Root
 
@@ -67,6 +69,8 @@ def _stop(root: Root, *, force: bool) -> None:
         connection = client.connect_to_live(root, _ANSWER_LIMIT if force else client.HELLO_LIMIT)
         if connection:
             with connection:
+                if force:
+                    _unmount_all(connection)
                 connection.call("stop", {"force": force}, timeout=_ANSWER_LIMIT)
     except client.OwnerSilent:
         if not force:
@@ -79,6 +83,14 @@ def _stop(root: Root, *, force: bool) -> None:
         if force and not killed and left < STOP_LIMIT - _ANSWER_LIMIT:
             killed = _kill(root)
         time.sleep(_POLL)
+
+
+def _unmount_all(connection: client.Connection) -> None:
+    """Take the owner's mounts away with it: without their server they would answer nothing but errors."""
+    for device in connection.call("ps", timeout=_ANSWER_LIMIT)["devices"]:
+        if device["front_end"] == "fuse" and device["where"]:
+            with contextlib.suppress(BlockdevError):  # mounted in another namespace, or gone by now
+                unmount(Path(device["where"]), force=True)
 
 
 def _kill(root: Root) -> bool:

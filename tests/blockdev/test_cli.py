@@ -71,6 +71,7 @@ def test_every_command_has_help_without_the_engine_or_the_network(command: str) 
         (["inspect", "/dev/null"], 2, "/dev/null"),
         (["inspect", __file__], 5, __file__),
         (["export", __file__, "-o", "-"], 5, "offset 0"),
+        (["umount", "/nonexistent"], 3, "/nonexistent"),
     ],
 )
 def test_an_error_is_one_line_and_its_exit_code(words: list[str], code: int, said: str, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from blockdev.device import Device, NbdTransport, State
-from blockdev.engine import Engine, Image
+from blockdev.engine import Engine
 from blockdev.errors import DeviceError, EngineError, SourceError
+from blockdev.image import OpenImage
 from blockdev.origin import locate
 from blockdev.stack import Stack, open_local
 
@@ -43,7 +44,7 @@ class Refusing:
     def __init__(self) -> None:
         self.detached = 0
 
-    def attach(self, image: Image) -> None:
+    def attach(self, image: OpenImage) -> None:
         raise SourceError("attaching failed: kernel: no")
 
     def detach(self, *, timeout: float) -> None:
@@ -113,7 +114,7 @@ def test_a_device_drained_while_it_attaches_does_not_become_live(stack: Stack) -
     device = Device(1, stack, lambda _: None)
 
     class Slow(Refusing):
-        def attach(self, image: Image) -> None:
+        def attach(self, image: OpenImage) -> None:
             device.drain(0)  # as the main thread does on SIGTERM
 
     transport = Slow()

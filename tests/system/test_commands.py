@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -243,3 +244,148 @@ def test_each_further_image_takes_little_memory(tmp_path: Path, root: Root, star
         assert uri_of(start("serve", LAYER, "--socket", tmp_path / str(number)))
     assert one <= 40 << 20
     assert (resident() - one) / 10 <= 2 << 20
+
+
+# ---- mount ----
+
+
+@pytest.fixture(scope="module")
+def ext4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image with an ext4 file system, as a config of three layers."""
+    requires.requires_mount()
+    config = tmp_path_factory.mktemp("ext4") / "config.v1.json"
+    config.write_bytes(fixtures.config("04-apply-ext4/v64m-3layer.config.json"))
+    return config
+
+
+def mounted(path: Path) -> bool:
+    return f" {path} " in Path("/proc/self/mountinfo").read_text()
+
+
+def test_a_mount_is_usable_when_the_command_returns_and_leaves_nothing(
+    tmp_path: Path, root: Root, run: Run, ext4: Path
+) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    done = run("mount", ext4, target)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (target / "etc").is_dir()
+    flags = os.statvfs(target).f_flag
+    assert flags & os.ST_RDONLY
+    assert flags & os.ST_NODEV
+    assert flags & os.ST_NOSUID
+    (device,) = devices(run)
+    assert (device["where"], device["front_end"], device["state"]) == (str(target), "fuse", "live")
+    assert str(device["how"]).startswith("ext4")
+    assert run("umount", target).returncode == 0
+    assert not mounted(target)
+    assert until(lambda: devices(run) == [])
+    assert list(root.mounts.iterdir()) == []
+
+
+def test_a_busy_mount_is_kept_unless_forced(tmp_path: Path, run: Run, ext4: Path) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    assert run("mount", ext4, target).returncode == 0
+    with open(next(path for path in (target / "etc").iterdir() if path.is_file()), "rb"):
+        refused = run("umount", target)
+        assert (refused.returncode, refused.stderr.count("\n")) == (7, 1)
+        assert mounted(target)
+        assert run("umount", "--force", target).returncode == 0
+    assert not mounted(target)
+    assert until(lambda: devices(run) == [])
+
+
+def test_a_busy_mount_point_is_refused(tmp_path: Path, run: Run, ext4: Path) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    assert run("mount", ext4, target).returncode == 0
+    refused = run("mount", ext4, target)
+    assert (refused.returncode, refused.stderr.count("\n")) == (7, 1)
+    assert until(lambda: len(devices(run)) == 1)
+    assert run("umount", target).returncode == 0
+
+
+@pytest.mark.parametrize(("image", "target", "code"), [("ext4", "absent", 3), ("ext4", "file", 7), ("none", "mnt", 7)])
+def test_a_mount_that_fails_leaves_nothing(
+    tmp_path: Path, root: Root, run: Run, ext4: Path, image: str, target: str, code: int
+) -> None:
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "file").touch()
+    failed = run("mount", ext4 if image == "ext4" else LAYER, tmp_path / target)
+    assert (failed.returncode, failed.stderr.count("\n"), failed.stdout) == (code, 1, "")
+    assert until(lambda: devices(run) == [])
+    assert list(root.mounts.iterdir()) == []
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_mount_raw_shows_the_disk_as_a_file(tmp_path: Path, run: Run) -> None:
+    requires.requires_mount()
+    disk = tmp_path / "disk"
+    assert run("mount", "--raw", LAYER, disk).returncode == 0
+    found = disk.stat()
+    assert (found.st_size, stat.S_ISREG(found.st_mode)) == (SIZE, True)
+    assert sha256_of(disk.read_bytes()) == sha256_of(exported(run, LAYER, tmp_path / "raw"))
+    with pytest.raises(OSError, match=r"[Rr]ead-only|denied"):
+        disk.open("r+b")
+    assert run("umount", disk).returncode == 0
+    assert until(lambda: devices(run) == [])
+
+
+def test_mount_options_reach_the_kernel_and_nonsense_is_refused(tmp_path: Path, run: Run, ext4: Path) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    assert run("mount", ext4, target, "-o", "noexec").returncode == 0
+    assert os.statvfs(target).f_flag & os.ST_NOEXEC
+    assert run("umount", target).returncode == 0
+    assert run("mount", ext4, target, "-o", "rw").returncode == 2
+    assert run("mount", ext4, target, "-o", "frobnicate").returncode == 7
+    assert run("mount", "--raw", ext4, target, "-o", "noexec").returncode == 2
+
+
+def test_the_helper_of_mount_8_mounts_too(tmp_path: Path, ociblk: str, root: Root, run: Run, ext4: Path) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    helper = Path(ociblk).with_name("mount.ociblk")
+    options = f"rw,noexec,ociblk.root={root.path},ociblk.on-error=hang"
+    command = [str(helper), str(ext4), str(target), "-n", "-o", options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert os.statvfs(target).f_flag & os.ST_NOEXEC
+    assert run("umount", target).returncode == 0
+
+
+def test_a_mount_outlives_neither_a_forced_stop_nor_its_files(tmp_path: Path, root: Root, run: Run, ext4: Path) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    assert run("mount", ext4, target).returncode == 0
+    refused = run("daemon", "--stop")
+    assert refused.returncode == 7
+    assert str(target) in refused.stderr
+    assert run("daemon", "--stop", "--force").returncode == 0
+    assert not mounted(target)
+    assert list(root.mounts.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_umount_needs_no_owner(tmp_path: Path, root: Root, run: Run, ext4: Path, number: signal.Signals) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    assert run("mount", ext4, target).returncode == 0
+    owner = int((root.holder() or "").rpartition(" ")[2])
+    os.kill(owner, number)
+    started = time.monotonic()
+    done = run("umount", target)
+    if number == signal.SIGSTOP:
+        os.kill(owner, signal.SIGCONT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert time.monotonic() - started < 10
+    assert not mounted(target)
+
+
+def test_an_owner_stays_while_something_is_mounted(tmp_path: Path, root: Root, run: Run, ext4: Path) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    assert run("mount", ext4, target).returncode == 0
+    assert not until(lambda: not root.owned(), limit=12)
+    assert run("umount", target).returncode == 0
