@@ -35,7 +35,6 @@ CONNECTIONS_MAX = 32  # kept open per host: every fetch thread's, and a few comm
 PIECE_SIZE = 64 << 10  # most that one read takes from the socket: the cache's extent
 ERROR_TEXT_SIZE = 8 << 10  # of an error's JSON; registries write a few hundred bytes
 BUSY_SECONDS = 1.0  # what a 429 without Retry-After asks for
-RETRY_AFTER_MAX = 3600.0  # a registry that asks for more is as good as gone
 USER_AGENT = "ociblk"
 
 _DENIED = (401, 403)
@@ -273,12 +272,12 @@ def _place(task: Task, url: str) -> str:
 def _retry_after(value: str) -> float | None:
     """Seconds from now, of either form of Retry-After."""
     if value.isascii() and value.isdigit() and len(value) < 10:
-        return min(float(value), RETRY_AFTER_MAX)
+        return float(value)
     try:
         when = email.utils.parsedate_to_datetime(value).timestamp()
     except (ValueError, OverflowError):
         return None
-    return min(max(when - time.time(), 0.0), RETRY_AFTER_MAX)
+    return max(when - time.time(), 0.0)
 
 
 def _reason(error: BaseException) -> str:

@@ -10,12 +10,13 @@ alone until its status is known.
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from blockdev.errors import SourceError
+from blockdev.errors import BlockdevError, SourceError
 from blockdev.registry.client import Body, Client, Part
 from blockdev.source import PROGRESS_SIZE, Spilled
 
@@ -26,12 +27,19 @@ WHOLE_BODY_RATE = 64 << 10  # bytes a second
 WHOLE_BODY_SECONDS = 60.0
 
 
-@dataclass
-class _Stream:
-    """A whole body: how many of its bytes have been spilled, and whether it has ended."""
+# A reader may have decided to ask before the spill had its bytes, and come only after the stream's
+# end. Sent on, it would start another whole body. Longer than a thread is ever kept from running.
+SPILL_MEMORY = 1.0  # seconds
 
-    passed: int = 0
+
+@dataclass
+class _Lone:
+    """A request that is alone, and what others have to know of it."""
+
+    spilled: int = 0  # bytes from the blob's start
     over: bool = False
+    forget_at: float = float("inf")  # monotonic; what was spilled may be gone then
+    error: BlockdevError | None = None
 
 
 class RegistryBlob:
@@ -54,8 +62,7 @@ class RegistryBlob:
         self._closed = False
         self._turn = threading.Condition()
         self._ranges = False  # the last answer was a range: requests need not be alone
-        self._alone = False  # a request whose answer is not known, or a whole body, is under way
-        self._stream = _Stream(over=True)  # the last one
+        self._lone = _Lone(over=True)  # the last one
 
     def close(self) -> None:
         """Let a whole body that is under way end now; its readers fail."""
@@ -76,23 +83,27 @@ class RegistryBlob:
         if not buffer:
             return
         part = self._part(offset, len(buffer))
-        alone = self._await_turn(part, deadline)
+        lone = self._await_turn(part, deadline)
         try:
             with self._client.open_part(part, deadline) as body:
                 self._check(body)
-                if body.whole and not alone:
-                    alone = self._await_turn(part, deadline, alone=True)
-                if body.whole:
-                    self._read_stream(body, part, buffer, progress)
+                if body.whole and not lone:
+                    lone = self._await_turn(part, deadline, lone=True)
+                if body.whole and lone:
+                    self._read_stream(body, lone, part, buffer, progress)
                     return
                 self._ranges = True
-                if alone:
-                    alone = False
-                    self._end_turn()
+                if lone:
+                    self._end(lone)
+                    lone = None
                 self._read_range(body, buffer, progress)
+        except BlockdevError as error:
+            if lone:
+                lone.error = error
+            raise
         finally:
-            if alone:
-                self._end_turn()
+            if lone:
+                self._end(lone)
 
     def _part(self, offset: int, length: int) -> Part:
         return Part(self._repository, self._digest, offset, length)
@@ -104,30 +115,40 @@ class RegistryBlob:
 
     # ---- turns -----------------------------------------------------------------------------
 
-    def _await_turn(self, part: Part, deadline: float, *, alone: bool = False) -> bool:
-        """Wait until a request may be sent; True if it is to be alone, and _end_turn() is due.
+    def _await_turn(self, part: Part, deadline: float, *, lone: bool = False) -> _Lone | None:
+        """Wait until no request is alone. If this one is to be, it is from now until _end().
 
-        Spilled as soon as a stream that was or came under way in the meantime has passed the part.
+        Spilled as soon as a stream has passed the part. What failed alone has failed for all that
+        waited: a registry in trouble is not asked by each of them in turn.
         """
         with self._turn:
-            before = self._stream if self._stream.over else None
-            while self._alone:
-                if self._passed(part, before):
+            while True:
+                other = self._lone
+                waited = self._wait(other, part, deadline)
+                if other.spilled >= part.offset + part.length and time.monotonic() < other.forget_at:
+                    raise Spilled(f"reading a blob failed: {self.name} at {part.offset}: another read has had this")
+                if waited and other.error:
+                    raise copy.copy(other.error)
+                if self._lone.over:
                     break
-                if not self._turn.wait(deadline - time.monotonic()):
-                    raise SourceError(f"reading a blob failed: {self.name}: no time left while others read it")
-            if self._passed(part, before):
-                raise Spilled(f"reading a blob failed: {self.name} at {part.offset}: another read has had these bytes")
-            self._alone = alone or not self._ranges
-            return self._alone
+            if not lone and self._ranges:
+                return None
+            self._lone = _Lone()
+            return self._lone
 
-    def _passed(self, part: Part, before: _Stream | None) -> bool:
-        return self._stream is not before and self._stream.passed >= part.offset + part.length
+    def _wait(self, other: _Lone, part: Part, deadline: float) -> bool:
+        """Until the request is over or has spilled the part; whether there was anything to wait for."""
+        if other.over:
+            return False
+        end = part.offset + part.length
+        if not self._turn.wait_for(lambda: other.over or other.spilled >= end, deadline - time.monotonic()):
+            raise SourceError(f"reading a blob failed: {self.name}: no time left while another read has its turn")
+        return True
 
-    def _end_turn(self) -> None:
+    def _end(self, lone: _Lone) -> None:
         with self._turn:
-            self._alone = False
-            self._stream.over = True
+            lone.over = True
+            lone.forget_at = time.monotonic() + SPILL_MEMORY
             self._turn.notify_all()
 
     # ---- bytes -------------------------------------------------------------------------------
@@ -140,13 +161,12 @@ class RegistryBlob:
                 told = filled
                 progress(filled)
 
-    def _read_stream(self, body: Body, part: Part, buffer: memoryview, progress: Callable[[int], None]) -> None:
+    def _read_stream(
+        self, body: Body, lone: _Lone, part: Part, buffer: memoryview, progress: Callable[[int], None]
+    ) -> None:
         """Spill the whole blob, and fill the buffer as its bytes come by."""
         body.reply.extend(time.monotonic() + WHOLE_BODY_SECONDS + self.size / WHOLE_BODY_RATE)
-        stream = _Stream()
-        with self._turn:
-            self._stream = stream
-            self._ranges = False
+        self._ranges = False
         piece = memoryview(bytearray(min(SPILL_SIZE, self.size)))
         told = 0
         for start in range(0, self.size, SPILL_SIZE):
@@ -160,7 +180,7 @@ class RegistryBlob:
                 progress(told)
             self._spill(start, whole)
             with self._turn:
-                stream.passed = start + len(whole)
+                lone.spilled = start + len(whole)
                 self._turn.notify_all()
 
     def _read(self, body: Body, into: memoryview) -> int:

@@ -17,8 +17,9 @@ from blockdev.errors import BlockdevError, SourceError
 from blockdev.source import Source, Spilled
 
 FIRST_DELAY = 0.2  # seconds: a dropped connection is often good again at once
-DELAY_MAX = 5.0  # a registry that is back is noticed within this
+DELAY_MAX = 3.0  # a registry that is back is noticed within this
 JITTER = 0.25  # of a delay, added at random: nodes that failed together do not return together
+TOLD_MAX = 60.0  # of a Retry-After: no server gets to stop us for longer
 LIMITED_INTERVAL = 1.0  # between requests to a host that told us to wait
 
 
@@ -65,7 +66,7 @@ class Backoff:
             told = error.retry_after if isinstance(error, SourceError) else None
             if told is not None:
                 state.limited = True
-                state.until = max(state.until, now + max(told, LIMITED_INTERVAL))
+                state.until = max(state.until, now + min(max(told, LIMITED_INTERVAL), TOLD_MAX))
             return state.until - now
 
     def succeeded(self, host: str) -> None:

@@ -33,7 +33,7 @@ class MemorySource:
 
     def read_into(self, offset: int, buffer: memoryview, *, deadline: float, progress: Callable[[int], None]) -> None:
         self.reads.append((offset, len(buffer)))
-        if not self.gate.wait(deadline - time.monotonic()):
+        if time.monotonic() > deadline or not self.gate.wait(deadline - time.monotonic()):
             raise SourceError(f"read: {self.name}: timed out")
         if self.failures:
             raise self.failures.popleft()
