@@ -9,7 +9,7 @@ from collections import deque
 from types import TracebackType
 from typing import Self
 
-from tests.fakes.http_server import Answer, HttpServer, Seen, ranged
+from tests.fakes.http_server import PIECE_WAIT, Answer, HttpServer, Seen, ranged
 
 REPOSITORY = "app"
 
@@ -19,6 +19,7 @@ class BlobServer:
 
     `next_answers` replace the next answers to GETs of the blob. `ignores_ranges`: 200 and the
     whole blob. `redirects`: to a signed URL of `store`, another server, until expire() is called.
+    `well` off: 503 to everything.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -27,8 +28,10 @@ class BlobServer:
         self.next_answers: deque[Answer] = deque()
         self.ignores_ranges = False
         self.redirects = False
+        self.well = True
         self.gate: threading.Event | None = None  # holds whole bodies back, from byte hold_at on
         self.hold_at = 0
+        self.before_answer: threading.Event | None = None  # holds every answer back
         self._signature = 0
         self._registry = HttpServer(self._answer)
         self.store = HttpServer(self._answer_signed)
@@ -51,6 +54,10 @@ class BlobServer:
         self._signature += 1
 
     def _answer(self, seen: Seen) -> Answer:
+        if self.before_answer:
+            self.before_answer.wait(PIECE_WAIT)
+        if not self.well:
+            return Answer(503)
         if seen.path != f"/v2/{REPOSITORY}/blobs/{self.digest}":
             return Answer(404)
         if seen.method == "GET" and self.next_answers:
@@ -62,6 +69,8 @@ class BlobServer:
         return ranged(seen, self.content)
 
     def _answer_signed(self, seen: Seen) -> Answer:
+        if not self.well:
+            return Answer(503)
         if seen.query != f"signature={self._signature}" or "authorization" in seen.headers:
             return Answer(403, {}, b"<Error><Code>AccessDenied</Code></Error>")  # as S3 does
         return ranged(seen, self.content)

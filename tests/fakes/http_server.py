@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import ssl
 import threading
 from collections.abc import Callable, Mapping
@@ -50,11 +52,12 @@ class Answer:
 
 
 class HttpServer:
-    """Serves from construction to close(). `answer` runs in the server's threads."""
+    """Serves from construction to close(), which breaks all connections. `answer` runs in the server's threads."""
 
     def __init__(self, answer: Callable[[Seen], Answer], tls: ssl.SSLContext | None = None) -> None:
         self.answer = answer
         self.seen: list[Seen] = []
+        self.connections: list[socket.socket] = []
         self._scheme = "https" if tls else "http"
         self._server = _Server(("127.0.0.1", 0), _handler(self))
         if tls:
@@ -74,6 +77,9 @@ class HttpServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+        for connection in self.connections:
+            with contextlib.suppress(OSError):  # the client was first
+                connection.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> Self:
         return self
@@ -97,6 +103,10 @@ def _handler(server: HttpServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
+
+        def setup(self) -> None:
+            super().setup()
+            server.connections.append(self.connection)
 
         def do_any(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
