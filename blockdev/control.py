@@ -133,6 +133,10 @@ class Channel:
         descriptors, self._descriptors = self._descriptors[:count], self._descriptors[count:]
         return Message(body, descriptors)
 
+    def fileno(self) -> int:
+        """For select: readable once the peer has said something or gone."""
+        return self._socket.fileno()
+
     def hang_up(self) -> None:
         """Make a receive() in another thread return None; sending still works."""
         with contextlib.suppress(OSError):  # the peer has hung up already

@@ -158,7 +158,9 @@ class _Handle:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     @property
@@ -442,7 +444,9 @@ def is_zero(content: bytes | bytearray | memoryview) -> bool:
     return bool(lib.ob_is_zero(ffi.from_buffer(content), len(content)))
 
 
-def zfile_compress(codec: Codec, block_size: int, content: bytes | bytearray | memoryview, *, crc: bool) -> tuple[memoryview, list[int]]:
+def zfile_compress(
+    codec: Codec, block_size: int, content: bytes | bytearray | memoryview, *, crc: bool
+) -> tuple[memoryview, list[int]]:
     """Compress content as consecutive ZFile blocks: their bytes, and each one's stored length.
 
     Any number of threads may call it at once; the GIL is free meanwhile.

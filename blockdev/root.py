@@ -6,6 +6,7 @@
     control.sock where the owner listens
     owner.log    what an owner started on demand has to say, and owner.log.1 before it
     blobs/       the cache (blockdev/cache.py)
+    mounts/      an empty file for each mounted file system, under its FUSE file
 
 A root belongs to one uid. Everything but taking the lock may be done by clients too.
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 from blockdev.errors import AccessDenied, DeviceError, EngineError
 
 LAYOUT_VERSION = 1
+_MOUNTS = "mounts"
 _POLL = 0.02  # seconds between looks at a lock; flock(2) has no timeout
 _LOCK_TEXT_MAX = 200
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
@@ -40,6 +42,7 @@ class Root:
         self.socket = self.path / "control.sock"
         self.log = self.path / "owner.log"
         self.blobs = self.path / "blobs"
+        self.mounts = self.path / _MOUNTS
         self._lock_fd = -1
 
     def prepare(self) -> None:
@@ -141,6 +144,11 @@ class Root:
         except OSError as error:
             kind = EngineError if error.errno in _FULL else AccessDenied
             raise kind(f"{what} failed: {error.filename or self.path}: {error.strerror}") from None
+
+
+def is_mount_file(path: Path) -> bool:
+    """Whether a path is in some root's mounts/, by its looks: umount knows no root."""
+    return path.parent.name == _MOUNTS and path.parent.with_name("lock").exists()
 
 
 def _lock_within(fd: int, timeout: float) -> bool:

@@ -24,7 +24,8 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 def export_image(image: OpenImage, fd: int, progress: Progress | None = None) -> None:
     """Write the disk to fd, from its start on. A regular file is emptied first and ends at the disk's size.
 
-    CorruptImage, SourceError; what else writing meets, such as a full disk, as from_os() says.
+    CorruptImage, SourceError; BrokenPipeError if the reader of a pipe leaves; what else writing meets, such as
+    a full disk, as from_os() says.
     """
     try:
         sparse = stat.S_ISREG(os.fstat(fd).st_mode)
@@ -32,6 +33,8 @@ def export_image(image: OpenImage, fd: int, progress: Progress | None = None) ->
             os.ftruncate(fd, 0)
             os.ftruncate(fd, image.size)
         _copy(image, fd, progress or _silent, sparse=sparse)
+    except BrokenPipeError:  # the reader has had enough, which is no failure of ours
+        raise
     except OSError as error:
         raise from_os("write disk", error, f"descriptor {fd}") from error
 

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ociblk command line: finds the command, runs it, and turns errors into exit codes.
+
+main() is the only place that does the last: a BlockdevError is its one line on stderr
+and its exit code, anything else is a defect (8), shown as a traceback only when
+OCIBLK_DEBUG=1. stdout carries results and nothing else.
+
+A command is a module of this package with HELP, add_arguments(parser) and run(args).
+Only the module of the command at hand is imported, to keep --help quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from blockdev.config import DEFAULT_POLICY, default_root, parse_policy
+from blockdev.errors import BlockdevError, EngineError, UsageError
+
+# name: module, one line of help
+_COMMANDS = {
+    "serve": ("serve", "serve an image over NBD, in the foreground"),
+    "mount": ("mount", "mount the file system of an image, read-only"),
+    "umount": ("umount", "unmount what mount mounted"),
+    "ps": ("ps", "what is mounted and exported"),
+    "inspect": ("inspect", "what an image or layer file is made of"),
+    "verify": ("verify", "read everything and check every checksum"),
+    "export": ("export", "write an image as one raw disk"),
+    "cache": ("cache", "look at the cache, or empty it"),
+    "daemon": ("daemon", "own the root in the foreground, or stop its owner"),
+    "import": ("import_", "make a layer file of a raw disk"),
+    "push": ("push", "push layer files to a registry as an image"),
+    "version": ("version", "print the version"),
+}
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_BROKEN_PIPE = 141  # 128 + SIGPIPE: our reader left, which is its right
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}: {self.prog}: see {self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code; errors are printed, never raised."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, _leave)  # in order: what was half written is removed
+    try:
+        args = _parse(arguments)
+        args.run(args)
+        sys.stdout.flush()
+    except BlockdevError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains when it flushes stdout
+        return _BROKEN_PIPE
+    except SystemExit as leaving:  # --help, or SIGTERM
+        return int(leaving.code or 0)
+    except Exception as error:  # noqa: BLE001 - here an error becomes an exit code
+        return _fail(EngineError(f"unexpected failure: {type(error).__name__}: {error}"))
+    return 0
+
+
+def _leave(number: int, _frame: object) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def mount_helper() -> int:
+    """mount.ociblk IMAGE DIR [-sfnv] [-o OPTIONS], as mount(8) and fstab call it for type ociblk.
+
+    An option ociblk.NAME[=VALUE] is our --NAME; "rw", which mount(8) adds by itself, is dropped.
+    """
+    known = {"-s": 0, "-f": 0, "-n": 0, "-v": 0, "-N": 1, "-t": 1}  # mount(8)'s own, and how many words follow
+    words, kept = iter(sys.argv[1:]), ["mount"]
+    for word in words:
+        if word == "-f":  # --fake: all but the mounting
+            return 0
+        if word == "-o":
+            options = [option for option in next(words, "").split(",") if option != "rw"]
+            ours = [option.removeprefix("ociblk.") for option in options if option.startswith("ociblk.")]
+            rest = ",".join(option for option in options if not option.startswith("ociblk."))
+            kept += [f"--{option}" for option in ours] + ["-o", rest]
+        elif word not in known:
+            kept.append(word)
+        elif known[word]:
+            next(words, None)
+    return main(kept)
+
+
+def _fail(error: BlockdevError) -> int:
+    if os.environ.get("OCIBLK_DEBUG") == "1":
+        traceback.print_exc()
+    print("ociblk:", " ".join(str(error).split()), file=sys.stderr)
+    return error.exit_code
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    common = _common_options()
+    parser = _Parser(prog="ociblk", description="Container images as block devices.", parents=[common])
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    for name, (module_name, summary) in _COMMANDS.items():
+        text = f"{summary[0].upper()}{summary[1:]}."
+        command = commands.add_parser(name, help=summary, description=text, parents=[common])
+        if name in arguments:
+            module = importlib.import_module(f"blockdev.cli.{module_name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    args = parser.parse_args(arguments)
+    args.root = Path(getattr(args, "root", None) or default_root(os.environ, os.geteuid()))
+    args.json = getattr(args, "json", False)
+    args.debug = getattr(args, "debug", False)
+    if args.debug:
+        os.environ["OCIBLK_DEBUG"] = "1"  # an owner that we start inherits it
+    return args
+
+
+def _common_options() -> _Parser:
+    """Options that may stand before or after the command; absent ones set nothing."""
+    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--root", metavar="DIR", help="directory of cache, state and owner (default: $OCIBLK_ROOT)")
+    common.add_argument("--json", action="store_true", help="print results as JSON")
+    common.add_argument("--debug", action="store_true", help="log more; show tracebacks")
+    return common
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """How to reach a registry, and what to do when it fails: for commands that take an IMAGE."""
+    add_registry_options(parser)
+    parser.add_argument(
+        "--on-error",
+        metavar="POLICY",
+        type=parse_policy,
+        default=parse_policy(DEFAULT_POLICY),
+        help="reads while the registry fails: eio:D, retry:D or hang (default %(default)s)",
+    )
+
+
+def add_registry_options(parser: argparse.ArgumentParser) -> None:
+    """How to reach a registry."""
+    parser.add_argument("--plain-http", action="store_true", help="speak HTTP to the registry")
+    parser.add_argument("--ca", metavar="FILE", help="trust the certificates in FILE and no others")

@@ -20,7 +20,7 @@ import traceback
 from dataclasses import dataclass
 
 from blockdev.engine import Blob, Engine, EngineStopped, Fetch, Priority
-from blockdev.errors import BlockdevError, SourceError
+from blockdev.errors import BlockdevError
 from blockdev.source import Source, Spilled
 from blockdev.source.retrying import Backoff
 
@@ -31,7 +31,7 @@ ATTEMPT_TIMEOUT = 30.0  # seconds for one range: a slow link's 4 MiB; what has a
 PROBE_TIMEOUT = 3.0  # seconds; a probe moves a few bytes, and others wait behind it
 PROBE_INTERVAL = 1.0  # seconds between rounds: how late a source's return is noticed
 _IDLE = 60.0  # seconds of one wait for a fetch; Engine.stop() ends it at once
-_SPILLED_DELAY = 0.1  # seconds; it only comes to pass if the spilled bytes could not be kept
+_AT_ONCE = 0.001  # seconds; 0 would mean not at all
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,10 @@ class _Supply:
 class Pool:
     """The fetch threads of an engine. start(), then attach() sources; Engine.stop() before join()."""
 
-    def __init__(self, engine: Engine, threads: int = THREADS) -> None:
+    def __init__(self, engine: Engine, threads: int = THREADS, backoff: Backoff | None = None) -> None:
+        """`backoff` may be shared with whoever else talks to the same hosts."""
         self._engine = engine
-        self._backoff = Backoff()
+        self._backoff = backoff or Backoff()
         self._supplies: dict[int, _Supply] = {}
         self._down: set[int] = set()
         self._failing: dict[int, str] = {}  # blob id: why its last fetch failed
@@ -119,33 +120,30 @@ class Pool:
         """One fetch, from taken to given back."""
         supply = self._supplies.get(fetch.blob_id)
         if supply is None:
-            self._note_failure(fetch, f"blob {fetch.blob_id}", SourceError("it has no source any more"))
+            log.warning("fetch failed blob=%d offset=%d: it has no source any more", fetch.blob_id, fetch.offset)
             fetch.finish(errno.EIO)
             return
-        name, host = supply.source.name, supply.source.host
-        wait = self._backoff.admit(host)
+        source = supply.source
+        wait = self._backoff.admit(source.host)
         if wait:
             fetch.finish(errno.EAGAIN, retry=wait)
             return
         try:
-            self._read(fetch, supply.source)
+            self._read(fetch, source)
         except EngineStopped:
             fetch.finish(errno.ESHUTDOWN)
         except Spilled:
-            fetch.finish(errno.EAGAIN, retry=_SPILLED_DELAY)  # what was spilled counts as done
-        except SourceError as error:
-            self._note_failure(fetch, name, error)
-            fetch.finish(errno.EIO, retry=self._backoff.failed(host, error))
+            fetch.finish(errno.EAGAIN, retry=_AT_ONCE)  # the engine looks what is there now
         except BlockdevError as error:
-            self._note_failure(fetch, name, error)
-            fetch.finish(errno.EIO)
+            self._note_failure(fetch, source.name, error)
+            fetch.finish(errno.EIO, retry=self._backoff.failed(source.host, error) if error.retriable else 0.0)
         except Exception as error:  # noqa: BLE001 - a fetch that is not given back hangs its readers
-            _log_defect("fetch", name, error)
+            _log_defect("fetch", source.name, error)
             fetch.finish(errno.EIO)
         else:
-            self._backoff.succeeded(host)
+            self._backoff.succeeded(source.host)
             if self._failing.pop(fetch.blob_id, None) is not None:
-                log.info("source delivers again source=%s", name)
+                log.info("source delivers again source=%s", source.name)
             fetch.finish()
 
     def _read(self, fetch: Fetch, source: Source) -> None:
@@ -204,8 +202,8 @@ class Pool:
             # Under the lock, detach() has not happened, so the blob is open.
             if self._supplies.get(id) is supply:
                 supply.blob.healthy()
-            self._backoff.succeeded(supply.source.host)
             self._down.discard(id)
+        self._backoff.succeeded(supply.source.host)
         log.info("source is back source=%s", supply.source.name)
 
 

@@ -19,6 +19,7 @@ from blockdev.engine import Engine, EngineStopped, EventKind, Priority
 from blockdev.errors import NotFound, SourceError
 from blockdev.fetch import pool as pool_module
 from blockdev.fetch.pool import Pool
+from blockdev.source import Spilled
 from tests.fakes.memory_source import MemorySource
 
 CONTENT = random.Random(1).randbytes(3_000_000)
@@ -174,6 +175,26 @@ def test_a_blob_that_is_down_is_probed_and_comes_back(bench: Bench, monkeypatch:
     bench.source.well = True
     _await(lambda: not bench.entry.blob.stat().down)
     assert bench.entry.blob.read_at(EXTENT, 10) == CONTENT[EXTENT : EXTENT + 10]
+
+
+def test_a_host_that_said_when_to_come_back_is_left_alone_until_then(bench: Bench) -> None:
+    bench.source.failures.append(SourceError("read: memory: too many requests", retry_after=1.5))
+    start = time.monotonic()
+    assert bench.entry.blob.read_at(0, 10) == CONTENT[:10]
+    assert time.monotonic() - start >= 1.5
+    assert len(bench.source.reads) == 2
+
+
+def test_bytes_that_another_read_has_spilled_are_not_asked_for_again(bench: Bench) -> None:
+    def spill(offset, buffer, *, deadline, progress):  # type: ignore[no-untyped-def]
+        bench.source.reads.append((offset, len(buffer)))
+        bench.entry.blob.store(0, CONTENT)
+        raise Spilled("read: memory: passed by")
+
+    bench.source.read_into = spill  # type: ignore[method-assign]
+    assert bench.entry.blob.read_at(100, 10) == CONTENT[100:110]
+    assert len(bench.source.reads) == 1
+    assert bench.entry.complete
 
 
 def test_a_blob_without_a_source_fails_at_once(bench: Bench) -> None:

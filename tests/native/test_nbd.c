@@ -486,6 +486,35 @@ static void test_parks_no_more_than_its_limit(void)
 	stand_close(&stand);
 }
 
+/* Three reads of 20 MiB may wait; behind a fourth even a hit does. */
+static void test_parks_no_more_bytes_than_its_limit(void)
+{
+	enum { LENGTH = 20 << 20 };
+	struct stand stand;
+	struct pollfd reply;
+
+	stand_open(&stand, AF_UNIX, 1);
+	for (int i = 0; i < 3; i++)
+		ask(&stand, CMD_READ, 0, PRESENT, PRESENT, LENGTH);
+	ask(&stand, CMD_READ, 0, 0, 0, 512);
+	CHECK(expect_data_chunk(&stand, 512) == 0);
+	ask(&stand, CMD_READ, 0, PRESENT, PRESENT, LENGTH);
+	ask(&stand, CMD_READ, 0, 0, 0, 512);
+	reply = (struct pollfd){ .fd = stand.client, .events = POLLIN };
+	CHECK(poll(&reply, 1, 200) == 0);
+	feed(&stand);
+	for (int i = 0; i < 5; i++) {              /* the hit is not always last */
+		uint8_t offset[8];
+		uint64_t cookie;
+		uint32_t length = expect_chunk(&stand, REPLY_DATA, &cookie) - 8;
+
+		CHECK(length == (cookie ? LENGTH : 512));
+		CHECK(receive(&stand, offset, 8));
+		expect_content(&stand, cookie, length);
+	}
+	stand_close(&stand);
+}
+
 static void *close_slowly(void *argument)
 {
 	struct stand *stand = argument;
@@ -685,6 +714,7 @@ int main(void)
 	test_hits_overtake_misses(AF_UNIX);
 	test_hits_overtake_misses(AF_INET);
 	test_parks_no_more_than_its_limit();
+	test_parks_no_more_bytes_than_its_limit();
 	test_close_waits_for_what_is_in_hand();
 	test_close_leaves_what_does_not_end();
 	test_close_while_the_parked_are_full(AF_UNIX);

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers as an image in a registry, as overlaybd's own snapshotter would take it.
+
+Every layer is checked to be one and is pushed inside overlaybd's tar wrapper, which is
+put around it here where it is missing. The config says no more than the layers do.
+Blobs come first and the manifest last, so a failed push leaves no image behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import platform
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import BinaryIO
+
+from blockdev.engine import Engine
+from blockdev.errors import UsageError, from_os
+from blockdev.image import OpenImage, open_image
+from blockdev.layer import NamedBlob
+from blockdev.registry.client import Client
+from formats import oci, superblock, tar
+
+_PIECE = 4 << 20  # bytes hashed or copied at a time
+_SCRATCH = "/var/tmp"  # for a layer that has to be wrapped: /tmp is often memory
+
+Adopt = Callable[[int, str], None]  # a descriptor that reads the blob, and its digest
+Progress = Callable[[str, int, int], None]  # layer, bytes sent, bytes in all
+
+
+@dataclass(frozen=True)
+class PushedLayer:
+    """A layer that the registry has now. `wrapped`: the tar was put around it here; `sent`: it was not there before."""
+
+    name: str
+    digest: str
+    size: int
+    wrapped: bool
+    sent: bool
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """An image that the registry has now, under `reference` and under `digest`."""
+
+    reference: str
+    digest: str
+    file_system: str
+    layers: tuple[PushedLayer, ...]
+
+
+@dataclass(frozen=True)
+class _Blob:
+    """A layer as it will be pushed: an open file, and what it is."""
+
+    name: str
+    file: BinaryIO
+    digest: str
+    size: int
+    wrapped: bool
+
+
+def push(
+    client: Client,
+    reference: oci.Reference,
+    layers: Sequence[Path],
+    *,
+    adopt: Adopt | None = None,
+    progress: Progress | None = None,
+) -> Pushed:
+    """Push local layer files, bottom first, as `reference`, which must have a tag and no digest.
+
+    `adopt` is given each blob once the image is in the registry. CorruptImage or UsageError if
+    the files make no image; the errors of registry.client.Client.
+    """
+    if reference.digest or not reference.tag:
+        raise UsageError(f"push: {reference}: want a tag to push to, not a digest")
+    with ExitStack() as stack:
+        blobs, file_system = _prepare(layers, stack)
+        pushed = []
+        for blob in blobs:
+            sent = _upload(client, reference.repository, blob, progress or _silent)
+            pushed.append(PushedLayer(blob.name, blob.digest, blob.size, blob.wrapped, sent))
+        digest = _put_image(client, reference, blobs, file_system)
+        for blob in blobs:
+            if adopt:
+                adopt(blob.file.fileno(), blob.digest)
+        return Pushed(str(reference), digest, file_system, tuple(pushed))
+
+
+def _prepare(paths: Sequence[Path], stack: ExitStack) -> tuple[list[_Blob], str]:
+    """What to push, and the file system that the disk holds ("" if none is known)."""
+    files = []
+    for path in paths:
+        try:
+            files.append(stack.enter_context(path.open("rb")))
+        except OSError as error:
+            raise from_os("push", error, str(path)) from error
+    with ExitStack() as reading:
+        engine = reading.enter_context(Engine(work_threads=1))
+        blobs = []
+        for path, file in zip(paths, files, strict=True):
+            blob = engine.open_local(file.fileno(), os.fstat(file.fileno()).st_size)
+            blobs.append(NamedBlob(str(path), reading.enter_context(blob)))
+        image = reading.enter_context(open_image(engine, blobs))
+        flat = next((layer.name for layer in image.layers if layer.flat), None)
+        if flat:
+            raise UsageError(f"push: {flat}: it is a compressed disk and no layer; import the disk first")
+        wrapped = [layer.tar is None for layer in image.layers]
+        file_system = superblock.file_system(_head(image)) or ""
+    made = [_blob(str(path), file, stack, wrap=wrap) for path, file, wrap in zip(paths, files, wrapped, strict=True)]
+    return made, file_system
+
+
+def _head(image: OpenImage) -> bytes:
+    return image.read_at(0, min(superblock.HEAD_SIZE, image.size))
+
+
+def _blob(name: str, file: BinaryIO, stack: ExitStack, *, wrap: bool) -> _Blob:
+    try:
+        if wrap:
+            scratch = os.environ.get("TMPDIR", _SCRATCH)
+            file = _wrapped(file, stack.enter_context(TemporaryFile(dir=scratch)))  # noqa: SIM115 - the caller's stack closes it
+        digest, size = hashlib.sha256(), 0
+        while piece := os.pread(file.fileno(), _PIECE, size):
+            digest.update(piece)
+            size += len(piece)
+    except OSError as error:
+        raise from_os("push", error, name) from error
+    return _Blob(name, file, f"sha256:{digest.hexdigest()}", size, wrap)
+
+
+def _wrapped(layer: BinaryIO, out: BinaryIO) -> BinaryIO:
+    """A copy of the layer in overlaybd's tar."""
+    size = os.fstat(layer.fileno()).st_size
+    out.write(tar.wrap_head(size))
+    done = 0
+    while piece := os.pread(layer.fileno(), _PIECE, done):
+        out.write(piece)
+        done += len(piece)
+    if done != size:
+        raise UsageError("push: a layer changes while it is read")
+    out.write(tar.wrap_tail(size))
+    out.flush()
+    return out
+
+
+def _upload(client: Client, repository: str, blob: _Blob, progress: Progress) -> bool:
+    blob.file.seek(0)
+    sent = client.upload(
+        repository, blob.digest, blob.size, blob.file, lambda sent: progress(blob.name, sent, blob.size)
+    )
+    progress(blob.name, blob.size, blob.size)
+    return sent
+
+
+def _put_image(client: Client, reference: oci.Reference, blobs: Sequence[_Blob], file_system: str) -> str:
+    """Config and manifest; the manifest's digest."""
+    config = oci.build_config(oci.Platform.of_machine(platform.machine()), [blob.digest for blob in blobs])
+    config_digest = oci.digest_of(config)
+    client.upload(reference.repository, config_digest, len(config), io.BytesIO(config))
+    layers = tuple(
+        oci.Descriptor(
+            oci.OCI_LAYER, blob.digest, blob.size, oci.layer_annotations(blob.digest, blob.size, file_system)
+        )
+        for blob in blobs
+    )
+    manifest = oci.Manifest(oci.Descriptor(oci.OCI_CONFIG, config_digest, len(config)), layers).build()
+    return client.put_manifest(reference.repository, reference.tag or "", oci.OCI_MANIFEST, manifest)
+
+
+def _silent(name: str, sent: int, total: int) -> None:
+    pass

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a command tells the owner of an image: its origin, the way to its registry, the policy."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from blockdev import client
+from blockdev.cli.text import Show
+from blockdev.control import Body
+from blockdev.errors import NotFound, UsageError
+from blockdev.origin import Origin
+from blockdev.registry.credentials import Provider
+from blockdev.root import Root
+
+_CA_MAX = 4 << 20  # bytes; the system's whole bundle is 200 KiB
+
+
+def ask_owner(
+    args: argparse.Namespace,
+    op: str,
+    origin: Origin,
+    descriptors: Sequence[int] = (),
+    *,
+    extra: Mapping[str, Any] | None = None,
+    show: Show | None = None,
+) -> Body:
+    """One request about an image. `descriptors` follow those of the origin."""
+    body, fds = image_request(args, origin)
+    with client.connect(Root(args.root)) as owner:
+        progress = (lambda at: show(at["done"], at["total"])) if show else None
+        return owner.call(op, {**body, **(extra or {})}, [*fds, *descriptors], progress=progress)
+
+
+def image_request(args: argparse.Namespace, origin: Origin) -> tuple[Body, list[int]]:
+    """What of a request tells the owner how to open the image."""
+    image, fds = origin.to_wire()
+    body = {"image": image, "policy": str(args.on_error)}
+    return (body if origin.local else {**body, "access": registry_access(args)}), fds
+
+
+def registry_access(args: argparse.Namespace) -> dict[str, Any]:
+    """How this caller reaches registries: what blockdev.remote.Access.from_wire() reads."""
+    provider = Provider.of_environment(os.environ)
+    return {"plain_http": args.plain_http, "ca": certificates(args.ca), "credentials": provider.to_json()}
+
+
+def certificates(path: str | None) -> str:
+    """The content of --ca: the owner opens no file of ours."""
+    if path is None:
+        return ""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_CA_MAX + 1)
+    except OSError as error:
+        raise NotFound(f"reading certificates failed: {path}: {error.strerror}") from None
+    if len(content) > _CA_MAX or b"-----BEGIN CERTIFICATE-----" not in content:
+        raise UsageError(f"reading certificates failed: {path}: no PEM certificates in it")
+    return content.decode(errors="replace")

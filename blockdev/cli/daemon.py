@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ociblk daemon: own the root in the foreground, or end the process that owns it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+from blockdev import client, control, journal
+from blockdev.cli.umount import unmount
+from blockdev.errors import BlockdevError, DeviceError, UsageError
+from blockdev.root import Root
+
+STOP_LIMIT = 10.0  # seconds from the request until the owner has gone
+_ANSWER_LIMIT = 4.0  # seconds of STOP_LIMIT after which a forced stop stops asking
+_POLL = 0.02  # seconds
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stop", action="store_true", help="end the owner of the root, if there is one")
+    parser.add_argument("--force", action="store_true", help="with --stop: even if it has live mounts or exports")
+    parser.add_argument("--on-demand", metavar="FD", type=int, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Be the owner until told to stop; with --stop, tell it."""
+    root = Root(args.root)
+    if args.force and not args.stop:
+        raise UsageError("--force: daemon: needs --stop")
+    if args.stop:
+        _stop(root, force=args.force)
+    else:
+        _own(root, args.on_demand, debug=args.debug)
+
+
+def _own(root: Root, ready_fd: int | None, *, debug: bool) -> None:
+    os.umask(0o077)
+    os.chdir("/")
+    with contextlib.ExitStack() as stack:
+        answer = stack.enter_context(os.fdopen(ready_fd, "w")) if ready_fd is not None else None
+
+        def ready() -> None:
+            if answer:
+                answer.write(json.dumps({"ready": os.getpid()}))
+                answer.close()
+
+        try:
+            root.prepare()
+            journal.write_log(root.log if answer else None, debug=debug)
+            if answer:
+                journal.catch_crashes(root.log)
+            from blockdev.daemon import LINGER, Daemon  # the engine: neither --stop nor --help need it
+
+            Daemon(root, LINGER if answer else None).run(ready)
+        except BlockdevError as error:
+            if answer and not answer.closed:
+                answer.write(json.dumps(control.error_body(error)))
+            raise
+
+
+def _stop(root: Root, *, force: bool) -> None:
+    deadline = time.monotonic() + STOP_LIMIT
+    try:
+        connection = client.connect_to_live(root, _ANSWER_LIMIT if force else client.HELLO_LIMIT)
+        if connection:
+            with connection:
+                if force:
+                    _unmount_all(connection)
+                connection.call("stop", {"force": force}, timeout=_ANSWER_LIMIT)
+    except client.OwnerSilent:
+        if not force:
+            raise
+    killed = False
+    while root.owned():
+        left = deadline - time.monotonic()
+        if left < 0:
+            raise DeviceError(f"stopping the owner failed: {root.path}: {root.holder()} is still there")
+        if force and not killed and left < STOP_LIMIT - _ANSWER_LIMIT:
+            killed = _kill(root)
+        time.sleep(_POLL)
+
+
+def _unmount_all(connection: client.Connection) -> None:
+    """Take the owner's mounts away with it: without their server they would answer nothing but errors."""
+    for device in connection.call("ps", timeout=_ANSWER_LIMIT)["devices"]:
+        if device["front_end"] == "fuse" and device["where"]:
+            with contextlib.suppress(BlockdevError):  # mounted in another namespace, or gone by now
+                unmount(Path(device["where"]), force=True)
+
+
+def _kill(root: Root) -> bool:
+    """Kill the holder of the lock. A pidfd, so that it cannot be somebody else by then."""
+    holder = root.holder() or ""
+    pid = holder.rpartition(" ")[2]
+    if pid.isdigit():
+        with contextlib.suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(int(pid))
+            if root.holder() == holder and root.owned():
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
+    return True

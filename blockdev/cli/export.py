@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ociblk export: an image as one raw disk, in a file or on stdout.
+
+A regular file appears (or is replaced) only once all of it has been written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from blockdev.build.replacement import replacing
+from blockdev.cli import add_image_options, text
+from blockdev.cli.ask import ask_owner
+from blockdev.errors import UsageError, from_os
+from blockdev.origin import Origin, locate
+
+STDOUT = "-"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", metavar="IMAGE")
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help=f"where to; {STDOUT} is stdout")
+    add_image_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the disk; of a local image without an owner."""
+    with locate(args.image) as origin, _output(args.output) as fd:
+        show = text.progress("written")
+        if origin.local:
+            size = _write(origin, fd, show)
+        else:
+            answer = ask_owner(args, "export", origin, [fd], show=show)
+            size = answer["size"]
+    if args.json and args.output != STDOUT:
+        text.print_json({"image": args.image, "output": args.output, "size": size})
+
+
+def _write(origin: Origin, fd: int, show: text.Show) -> int:
+    from blockdev.build.export import export_image
+    from blockdev.engine import Engine
+    from blockdev.stack import open_local
+
+    with Engine() as engine, open_local(engine, origin) as stack:
+        export_image(stack.image, fd, show)
+        return stack.image.size
+
+
+@contextlib.contextmanager
+def _output(name: str) -> Iterator[int]:
+    """A descriptor to write to; what is written to a regular file counts only if the block ends well."""
+    if name == STDOUT:
+        if sys.stdout.isatty():
+            raise UsageError("exporting failed: stdout: it is a terminal")
+        yield sys.stdout.fileno()
+        return
+    if Path(name).is_dir():
+        raise UsageError(f"exporting failed: {name}: it is a directory")
+    try:
+        regular = stat.S_ISREG(Path(name).stat().st_mode)
+    except FileNotFoundError:
+        regular = True
+    except OSError as error:
+        raise from_os("exporting failed", error, name) from None
+    with replacing(Path(name)) if regular else _device(name) as fd:
+        yield fd
+
+
+@contextlib.contextmanager
+def _device(name: str) -> Iterator[int]:
+    try:
+        fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise from_os("exporting failed", error, name) from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ociblk import: a raw disk as a layer file. Local work; needs no owner."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from blockdev.cli import text
+from blockdev.config import parse_size
+from blockdev.errors import UsageError, from_os
+
+STDIN = "-"
+_NULL_UUID = "00000000-0000-0000-0000-000000000000"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("disk", metavar="RAW", help=f"file or block device; {STDIN} is stdin")
+    parser.add_argument("-o", "--output", metavar="LAYER", type=Path, required=True)
+    parser.add_argument("--codec", choices=["none", "lz4", "zstd"], default="lz4", help="(default %(default)s)")
+    parser.add_argument("--block-size", metavar="N", type=parse_size, default=4096, help="bytes (default %(default)s)")
+    parser.add_argument("--tar", action="store_true", help="wrap the layer in a tar, as registries have it")
+    parser.add_argument("--uuid", metavar="U", default=_NULL_UUID, help="of the layer (default: all zeros)")
+    parser.add_argument("--parent-uuid", metavar="P", default=_NULL_UUID, help="of the layer below it, if any")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make the layer; it appears once all of it is written."""
+    from blockdev.build.disk import LayerOptions, import_disk
+    from blockdev.build.layerfile import Wrapping
+
+    options = LayerOptions(Wrapping(args.codec, args.block_size, args.tar), args.uuid, args.parent_uuid)
+    with open(_open_disk(args.disk), "rb", buffering=0) as disk:
+        made = import_disk(disk.fileno(), args.disk, args.output, options, text.progress("read"))
+    if args.json:
+        text.print_json({"layer": str(args.output), **asdict(made)})
+
+
+def _open_disk(path: str) -> int:
+    if path == STDIN:
+        if sys.stdin.isatty():
+            raise UsageError("importing failed: stdin: it is a terminal")
+        return os.dup(sys.stdin.fileno())
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise from_os("importing failed", error, path) from None

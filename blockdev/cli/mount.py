@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ociblk mount: the file system of an image on a directory, or the image itself as a file.
+
+The kernel's part happens here, with the caller's rights and in its namespaces; the owner
+gets the /dev/fuse descriptor and serves it. A mount that does not come about is undone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from blockdev import client, mountpoint
+from blockdev.cli import add_image_options, text
+from blockdev.cli.ask import image_request
+from blockdev.errors import BlockdevError, UsageError, from_os
+from blockdev.origin import locate
+from blockdev.root import Root
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", metavar="IMAGE")
+    parser.add_argument("target", metavar="DIR", type=Path, help="where to; with --raw a file, made if there is none")
+    parser.add_argument("-o", dest="options", metavar="OPTS", default="", help="mount options, over ro,nodev,nosuid")
+    parser.add_argument("--raw", action="store_true", help="show the disk as a file instead of mounting what is on it")
+    add_image_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Mount; returns once it is usable."""
+    if args.raw and args.options:
+        raise UsageError("mounting failed: -o: with --raw nothing is mounted that has options")
+    root = Root(args.root)
+    target = args.target.absolute()
+    options = mountpoint.parse_options(args.options)
+    with locate(args.image) as origin:
+        body, fds = image_request(args, origin)
+        with client.connect(root) as owner:
+            opened = owner.call("mount", body, fds)
+            file = target if args.raw else root.mounts / f"{opened['id']}-{os.getpid()}"
+            with _fuse_file(owner, file):
+                how = ""
+                if not args.raw:
+                    mounted = mountpoint.mount_filesystem(file, args.target, options)
+                    how = f"{mounted.kind}, {mounted.loop or 'from the file'}"
+                owner.call("mounted", {"where": str(target), "how": how})
+    if args.json:
+        text.print_json({"image": args.image, "target": str(target), "size": opened["size"], "how": how})
+
+
+@contextlib.contextmanager
+def _fuse_file(owner: client.Connection, file: Path) -> Iterator[None]:
+    """The image as a served file. If the block fails, it is as if it had never been."""
+    try:
+        file.parent.mkdir(mode=0o700, exist_ok=True)
+        made = not file.exists()
+        file.touch()
+    except OSError as error:
+        raise from_os("mount", error, str(file)) from None
+    with contextlib.ExitStack() as undo:
+        if made:
+            undo.callback(file.unlink)
+        fuse_fd = mountpoint.mount_file(file)
+        undo.callback(_unmount, file)
+        try:
+            owner.call("fuse", descriptors=[fuse_fd])
+        finally:
+            os.close(fuse_fd)  # the owner has it; its end has to end the file
+        yield
+        undo.pop_all()
+
+
+def _unmount(file: Path) -> None:
+    with contextlib.suppress(BlockdevError):  # the error that brought us here is the one to tell
+        mountpoint.force_umount(file)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How results and progress look: JSON with a version, or columns for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Show = Callable[[int, int], None]  # bytes done, bytes in all
+
+VERSION = 1  # of every JSON object we print
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_PROGRESS_AFTER = 1.0  # seconds: shorter work needs no progress
+_PROGRESS_EVERY = 0.2  # seconds
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """The result as one line of JSON."""
+    print(json.dumps({"v": VERSION, **result}))
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows in columns as wide as they need to be; the first is the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def size(count: int) -> str:
+    """Bytes as people read them: 1.5 GiB."""
+    number, unit = float(count), 0
+    while number >= 1024 and unit < len(_UNITS) - 1:
+        number, unit = number / 1024, unit + 1
+    return f"{count} B" if unit == 0 else f"{number:.1f} {_UNITS[unit]}"
+
+
+def progress(verb: str) -> Show:
+    """show(done, total) bytes of long work, on stderr, if that is a terminal."""
+    started = last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - started >= _PROGRESS_AFTER and (now - last >= _PROGRESS_EVERY or done == total):
+            last = now
+            line = f"{verb} {size(done)} of {size(total)}"
+            print(f"\r\033[K{line}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    return show if sys.stderr.isatty() else lambda done, total: None

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A command's side of the control socket: find the owner, start one, ask it.
+
+connect() returns a Connection to a live owner of the root; if there is none and one is
+wanted, it is started as this user, in a session of its own, with `/` as its directory.
+Commands that start together agree on one through the root's starting() lock. An owner
+that dies in the middle of a call is a DeviceError, never a wait.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+from blockdev import control
+from blockdev.control import Body, Channel
+from blockdev.errors import DeviceError, EngineError
+from blockdev.root import Root
+
+HELLO_LIMIT = 10.0  # seconds for an owner to answer at all: it is alive but stopped, or drowning
+START_LIMIT = 30.0  # seconds for a new owner: waits up to 10 for an old one to leave, then imports on a busy machine
+
+Progress = Callable[[Body], None]
+
+
+class OwnerGone(DeviceError):
+    """The owner hung up before it answered."""
+
+
+class OwnerSilent(DeviceError):
+    """The owner is there and does not answer."""
+
+
+class Connection:
+    """A conversation with the owner. For one thread."""
+
+    def __init__(self, channel: Channel, root: Root) -> None:
+        self._channel = channel
+        self._root = root
+
+    def call(
+        self,
+        op: str,
+        body: Mapping[str, Any] | None = None,
+        descriptors: Sequence[int] = (),
+        *,
+        progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> Body:
+        """The owner's answer to one request, or the error it had. timeout: seconds of silence allowed."""
+        self.send(op, body, descriptors)
+        return self.answer(op, progress=progress, timeout=timeout)
+
+    def send(self, op: str, body: Mapping[str, Any] | None = None, descriptors: Sequence[int] = ()) -> None:
+        """Ask without waiting for the answer."""
+        try:
+            self._channel.send({"op": op, **(body or {})}, descriptors)
+        except ConnectionError:
+            raise self._gone(op) from None
+
+    def answer(self, op: str, *, progress: Progress | None = None, timeout: float | None = None) -> Body:
+        """Wait for the answer to what was sent last."""
+        while True:
+            try:
+                message = self._channel.receive(timeout)
+            except TimeoutError:
+                holder = self._root.holder() or "it"
+                raise OwnerSilent(f"asking the owner failed: {self._root.path}: {holder} does not answer") from None
+            if message is None:
+                raise self._gone(op)
+            message.close()
+            control.raise_error(message.body)
+            if "progress" not in message.body:
+                return message.body
+            if progress:
+                progress(message.body["progress"])
+
+    def fileno(self) -> int:
+        """Readable once the owner has something to say, or has gone."""
+        return self._channel.fileno()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _gone(self, op: str) -> OwnerGone:
+        return OwnerGone(f"asking the owner failed: {self._root.path}: it ended during {op} (see {self._root.log})")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def connect(root: Root) -> Connection:
+    """A connection to the root's owner, which is started if there is none."""
+    connection = connect_to_live(root)
+    if connection:
+        return connection
+    root.prepare()
+    deadline = time.monotonic() + START_LIMIT
+    while time.monotonic() < deadline:
+        with root.starting(deadline - time.monotonic()):
+            connection = connect_to_live(root)
+            if not connection:
+                _start_owner(root, deadline)
+                connection = connect_to_live(root)
+        if connection:  # else it has left already: told to stop by somebody, most likely
+            return connection
+    raise DeviceError(f"starting the owner failed: {root.path}: it does not stay")
+
+
+def connect_to_live(root: Root, timeout: float = HELLO_LIMIT) -> Connection | None:
+    """A connection to the root's owner, or None if there is none. OwnerSilent after `timeout` seconds."""
+    try:
+        channel = control.connect(root.socket, timeout)
+    except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+        return None
+    connection = Connection(channel, root)
+    try:
+        connection.call("hello", timeout=timeout)
+    except OwnerGone:
+        connection.close()
+        return None
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _start_owner(root: Root, deadline: float) -> None:
+    """Run the owner's process and wait until it listens. Raises the error it had."""
+    read, write = os.pipe()
+    command = [sys.executable, "-P", "-m", "blockdev", "daemon", "--on-demand", str(write), "--root", str(root.path)]
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,
+            pass_fds=[write],
+        )
+    except OSError as error:
+        os.close(read)
+        raise EngineError(f"starting the owner failed: {sys.executable}: {error.strerror}") from None
+    finally:
+        os.close(write)
+    try:
+        answer = _read_to_end(read, deadline)
+    finally:
+        os.close(read)
+    if answer is None:
+        process.kill()
+        process.wait()
+        raise DeviceError(f"starting the owner failed: {root.path}: not ready within {START_LIMIT:g} s")
+    if not answer:
+        raise EngineError(f"starting the owner failed: {root.path}: it ended with {process.wait()} (see {root.log})")
+    control.raise_error(json.loads(answer))
+    process.returncode = 0  # it outlives us by design; subprocess need not warn
+
+
+def _read_to_end(fd: int, deadline: float) -> bytes | None:
+    """All that is written before the other end closes; None at the deadline."""
+    answer = b""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        piece = os.read(fd, 65536)
+        if not piece:
+            return answer
+        answer += piece
+    return None

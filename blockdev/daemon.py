@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The owner process of a root: from taking the lock to leaving it.
+
+The main thread waits in one selector for callers, engine events and signals, and never
+for anything else. Each caller gets a thread (session.py); what they share is in
+owner.py. SIGTERM and SIGINT drain: exports answer what they have in hand, then everything
+is closed. A stop that has not ended within STOP_LIMIT is ended by SIGALRM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import selectors
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from blockdev import control
+from blockdev.errors import AccessDenied, from_os
+from blockdev.owner import Owner
+from blockdev.root import Root
+from blockdev.session import Session
+
+log = logging.getLogger(__name__)
+
+NAME = "ociblk-owner"
+LINGER = 10.0  # seconds an owner started on demand stays after its last use: the next command starts warm
+LEAVE_LIMIT = 10.0  # seconds to wait for an owner that is leaving
+STOP_LIMIT = 9  # seconds (whole) from the request to the end; `daemon --stop` waits 10
+_DRAIN_LIMIT = 5.0  # seconds of STOP_LIMIT that requests in hand get
+_JOIN_LIMIT = 1.0  # seconds for callers' threads to see that we leave
+_SESSIONS_MAX = 256  # more wait in the listener's queue
+_STACK = 512 << 10  # bytes; deepest is a TLS handshake below requests
+
+
+class Daemon:
+    """One owner's life. run() is the main flow."""
+
+    def __init__(self, root: Root, linger: float | None) -> None:
+        """linger: seconds to stay after the last use, None for ever."""
+        self._root = root
+        self._linger = linger
+        self._selector = selectors.DefaultSelector()
+        self._sessions: set[Session] = set()
+        self._sessions_lock = threading.Lock()
+        self._stopping = False
+        self._wake_read, self._wake_write = socket.socketpair()
+
+    def run(self, ready: Callable[[], None]) -> None:
+        """Own the root until told to stop or no longer needed. Calls ready() once callers are heard."""
+        self._root.prepare()
+        self._root.acquire(NAME, LEAVE_LIMIT if self._linger is not None else 1.0)
+        self._root.check_version()
+        threading.stack_size(_STACK)
+        _raise_descriptor_limit()
+        try:
+            listener = control.listen(self._root.socket)
+        except OSError as error:
+            raise from_os("listening for commands failed", error, str(self._root.socket)) from None
+        self._listen_to_signals()
+        owner = Owner(self._root)
+        log.info("owner started root=%s pid=%d", self._root.path, os.getpid())
+        ready()
+        self._serve(listener, owner)
+        signal.alarm(STOP_LIMIT)
+        self._root.socket.unlink(missing_ok=True)
+        listener.close()
+        owner.drain(_DRAIN_LIMIT)
+        self._end_sessions()
+        owner.close()
+        self._root.release()
+        log.info("owner left root=%s", self._root.path)
+
+    def stop(self) -> None:
+        """Ask the main thread to drain and leave. Any thread may call it."""
+        self._stopping = True
+        self._wake()
+
+    def _serve(self, listener: socket.socket, owner: Owner) -> None:
+        listener.setblocking(False)
+        self._wake_read.setblocking(False)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._on_wake)
+        self._selector.register(owner.event_fd, selectors.EVENT_READ, owner.take_events)
+        listening = False
+        used = time.monotonic()
+        while not self._stopping:
+            if listening != (len(self._sessions) < _SESSIONS_MAX):
+                listening = not listening
+                if listening:
+                    self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener, owner))
+                else:
+                    self._selector.unregister(listener)
+            if self._sessions or owner.busy():
+                used = time.monotonic()
+            wait = None if self._linger is None else max(0.0, used + self._linger - time.monotonic())
+            ready = self._selector.select(wait)
+            if not ready and wait == 0.0:
+                return
+            for key, _ in ready:
+                key.data()
+
+    def _accept(self, listener: socket.socket, owner: Owner) -> None:
+        try:
+            sock, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        try:
+            control.check_peer(sock)
+        except AccessDenied as error:
+            log.warning("caller refused reason=%s", error)
+            sock.close()
+            return
+        session = Session(control.Channel(sock), owner, self.stop, self._session_ended)
+        with self._sessions_lock:
+            self._sessions.add(session)
+        session.start()
+
+    def _session_ended(self, session: Session) -> None:
+        with self._sessions_lock:
+            self._sessions.discard(session)
+        self._wake()
+
+    def _end_sessions(self) -> None:
+        with self._sessions_lock:
+            sessions = list(self._sessions)
+        deadline = time.monotonic() + _JOIN_LIMIT
+        for session in sessions:
+            session.hang_up()
+        for session in sessions:
+            session.join(max(0.0, deadline - time.monotonic()))
+
+    def _listen_to_signals(self) -> None:
+        self._wake_write.setblocking(False)
+        signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: None)
+        if self._linger is not None:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: the main thread will wake anyway
+            self._wake_write.send(b"\0")
+
+    def _on_wake(self) -> None:
+        received = self._wake_read.recv(4096)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if number in received:
+                log.info("owner stopping signal=%s", number.name)
+                self._stopping = True
+
+
+def _raise_descriptor_limit() -> None:
+    """As many descriptors as we may have: a layer takes two, a connection one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device: an image attached through a transport.
+
+    ATTACHING ──attach()──► LIVE ──drain()──► DRAINING ──► GONE
+        └──────── failed, or drain() ─────────────────────►┘
+
+A device owns its stack and its transport and closes both on its way to GONE, once. The
+state moves under a lock, so a drain and an end that the kernel reports may meet: the
+second does nothing. attach() of a device that is past ATTACHING is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from enum import Enum
+from typing import Any, ClassVar, Protocol
+
+from blockdev.errors import BlockdevError, DeviceError, EngineError
+from blockdev.image import OpenImage
+from blockdev.stack import Stack
+from blockdev.transport.nbd import NbdServer
+
+log = logging.getLogger(__name__)
+
+
+class State(Enum):
+    """Where a device is in its life."""
+
+    ATTACHING = "attaching"
+    LIVE = "live"
+    DRAINING = "draining"
+    GONE = "gone"
+
+
+class Transport(Protocol):
+    """How the kernel or a client reaches an image. Control only: the I/O loop is C."""
+
+    name: ClassVar[str]
+
+    def attach(self, image: OpenImage) -> None:
+        """Begin to answer requests. Once."""
+        ...
+
+    def detach(self, *, timeout: float) -> None:
+        """Take no more requests, answer those in hand within `timeout` seconds, end. Idempotent,
+        and right after an attach() that failed too."""
+        ...
+
+
+class NbdTransport:
+    """A listening socket whose clients get the image as an NBD export."""
+
+    name: ClassVar[str] = "nbd"
+
+    def __init__(self, listener: socket.socket, export: str) -> None:
+        """Takes the listener over."""
+        self._listener = listener
+        self._export = export
+        self._server: NbdServer | None = None
+
+    def attach(self, image: OpenImage) -> None:
+        self._server = NbdServer(self._listener, image.image, name=self._export)
+
+    def detach(self, *, timeout: float) -> None:
+        if self._server:
+            self._server.stop(time.monotonic() + timeout)
+        self._listener.close()
+
+    def connection_closed(self, id: int) -> bool:
+        """A connection of the engine has ended; False if it was not one of these."""
+        return self._server is not None and self._server.connection_closed(id)
+
+
+class Device:
+    """One image and the transport that serves it. where, how and error are for people to read."""
+
+    def __init__(self, id: int, stack: Stack, on_gone: Callable[[Device], None]) -> None:
+        """on_gone is called once, when the device has gone, by the thread that ended it."""
+        self.id = id
+        self.stack = stack
+        self.size = stack.image.size
+        self.transport: Transport | None = None
+        self.where = ""  # the NBD URI, the directory: what its user calls it by
+        self.how = ""  # such as "ext4, /dev/loop0"
+        self.error = ""  # the last thing that went wrong on its behalf
+        self.since = time.time()
+        self._state = State.ATTACHING
+        self._lock = threading.Lock()
+        self._on_gone = on_gone
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    def attach(self, transport: Transport) -> None:
+        """The main flow: the image is open, the transport begins to serve it, the device is live.
+
+        If it cannot, the device is GONE and the error is the caller's.
+        """
+        with self._lock:
+            if self._state is not State.ATTACHING or self.transport:
+                raise EngineError(f"attaching failed: device {self.id}: it is {self._state.value}")
+            self.transport = transport
+        try:
+            transport.attach(self.stack.image)
+        except BlockdevError:
+            self.drain(0)
+            raise
+        with self._lock:
+            if self._state is State.ATTACHING:
+                self._state = State.LIVE
+                return
+        transport.detach(timeout=0)
+        raise DeviceError(f"attaching failed: {self.stack.name}: it was ended meanwhile")
+
+    def drain(self, timeout: float) -> None:
+        """End the device: requests in hand are answered within `timeout` seconds, or fail.
+
+        Returns at once if it is ending already.
+        """
+        with self._lock:
+            if self._state in (State.DRAINING, State.GONE):
+                return
+            self._state = State.DRAINING if self._state is State.LIVE else State.GONE
+        if self.transport:
+            self.transport.detach(timeout=timeout)
+        self.stack.close()
+        self._state = State.GONE
+        self._on_gone(self)
+
+    def describe(self) -> dict[str, Any]:
+        """What `ps` shows of it, as JSON values; sizes in bytes."""
+        stats = self.stack.stats()
+        size = sum(stat.size for stat in stats)
+        present = sum(stat.present_bytes for stat in stats)
+        missing = sum(stat.present_bytes < stat.size for stat in stats)
+        return {
+            "id": self.id,
+            "image": self.stack.name,
+            "state": self._state.value,
+            "front_end": self.transport.name if self.transport else "",
+            "where": self.where,
+            "how": self.how,
+            "since": self.since,
+            "mode": "lazy" if missing else "local",
+            "reason": f"{missing} of {len(stats)} blobs still in the registry" if missing else "every blob is here",
+            "size": self.size,
+            "blob_bytes": size,
+            "local_bytes": present,
+            "fetched_bytes": sum(stat.fetched_bytes for stat in stats),
+            "requests": sum(stat.fetches for stat in stats),
+            "error": self.error,
+            "blobs": [
+                {"name": named.name, **asdict(stat)} for named, stat in zip(self.stack.blobs, stats, strict=False)
+            ],
+        }

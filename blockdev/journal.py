@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where an owner's log lines go: stderr in the foreground, a bounded file otherwise.
+
+One logfmt line an event. Only our own loggers are written: a library's debug lines may
+carry signed URLs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from time import gmtime, strftime
+
+_FILE_MAX = 1 << 20  # bytes; weeks of an owner that has nothing to complain of
+_KEPT = 1  # older files beside the current one
+
+
+class _Logfmt(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        when = f"{strftime('%Y-%m-%dT%H:%M:%S', gmtime(record.created))}.{int(record.msecs):03}Z"
+        room = record.name.removeprefix("blockdev.")
+        message = json.dumps(record.getMessage(), ensure_ascii=False)
+        line = f"time={when} level={record.levelname.lower()} room={room} thread={record.threadName} msg={message}"
+        if record.exc_info:
+            line += f" trace={json.dumps(self.formatException(record.exc_info), ensure_ascii=False)}"
+        return line
+
+
+def write_log(path: Path | None, *, debug: bool) -> None:
+    """Send this process's log to a file at path (made private, rotated), or to stderr."""
+    handler: logging.Handler = logging.StreamHandler()
+    if path:
+        path.touch(mode=0o600)
+        handler = RotatingFileHandler(path, maxBytes=_FILE_MAX, backupCount=_KEPT, encoding="utf-8")
+    handler.setFormatter(_Logfmt())
+    logger = logging.getLogger("blockdev")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+def catch_crashes(path: Path) -> None:
+    """Have what would go to stdout and stderr (a failed C assertion) written to the file too."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an IMAGE argument stands for: opened local layers, or blobs a registry has.
+
+locate() runs in the caller's process, with the caller's rights: it opens every local
+file it names. An Origin crosses the control socket as JSON and descriptors, so that
+the owner resolves no path of a caller.
+
+What the text means, in this order: `oci:DIR[:TAG]` is an image layout; the path of a
+file that exists (or any text that begins with `/`, `./` or `../`) is a layer or, if it begins
+with `{`, a config.v1.json; everything else is a registry reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from blockdev.errors import AccessDenied, BlockdevError, CorruptImage, EngineError, NotFound, UsageError
+from formats import imagespec, layout, oci
+from formats.errors import FormatError
+
+LAYOUT_PREFIX = "oci:"
+_PATH_STARTS = ("/", "./", "../")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One blob of an image: an open local file (fd >= 0), or in a registry at url."""
+
+    name: str  # path or digest, for messages
+    size: int = 0  # bytes; 0 = the registry has to say
+    digest: str = ""  # "" = unknown
+    url: str = ""
+    fd: int = -1
+
+
+@dataclass
+class Origin:
+    """An image as its user named it. Owns the descriptors of its parts."""
+
+    name: str
+    reference: str = ""  # set: the layers are what the registry says they are
+    layers: Sequence[Part] = ()  # bottom first
+    upper: Sequence[Part] = ()  # nothing, or the data and index files of a writable layer
+    _open: list[int] = field(default_factory=list)
+
+    @property
+    def local(self) -> bool:
+        """Whether every byte is in files that are open here."""
+        return not self.reference and all(part.fd >= 0 for part in self.layers)
+
+    def to_wire(self) -> tuple[dict[str, Any], list[int]]:
+        """The JSON object and the descriptors that from_wire() makes an Origin of."""
+        parts = [*self.layers, *self.upper]
+        fields = [{"name": p.name, "size": p.size, "digest": p.digest, "url": p.url, "local": p.fd >= 0} for p in parts]
+        body = {"name": self.name, "reference": self.reference, "parts": fields, "upper": bool(self.upper)}
+        return body, [part.fd for part in parts if part.fd >= 0]
+
+    @classmethod
+    def from_wire(cls, body: dict[str, Any], descriptors: Sequence[int]) -> Origin:
+        """The Origin that to_wire() described. The descriptors stay the caller's."""
+        rest = iter(descriptors)
+        parts = [
+            Part(p["name"], p["size"], p["digest"], p["url"], next(rest) if p["local"] else -1) for p in body["parts"]
+        ]
+        split = len(parts) - 2 if body["upper"] else len(parts)
+        return cls(body["name"], body["reference"], parts[:split], parts[split:])
+
+    def close(self) -> None:
+        """Close what locate() opened."""
+        while self._open:
+            os.close(self._open.pop())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def locate(image: str) -> Origin:
+    """Find out what `image` is and open what of it is local. UsageError, NotFound, AccessDenied, CorruptImage."""
+    origin = Origin(image)
+    with contextlib.ExitStack() as undo:
+        undo.callback(origin.close)
+        if image.startswith(LAYOUT_PREFIX):
+            _locate_layout(origin, image.removeprefix(LAYOUT_PREFIX))
+        elif image.startswith(_PATH_STARTS) or (image and _exists(image)):
+            _locate_file(origin, image)
+        else:
+            origin.reference = _reference(image)
+        undo.pop_all()
+    return origin
+
+
+def open_file(path: str) -> Part:
+    """A Part of a regular file or block device, opened for reading. The caller closes its fd."""
+    if "\0" in path:
+        raise UsageError(f"opening a file failed: {path!r}: no path has a NUL in it")
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise _cannot_open(path, error) from None
+    try:
+        kind = os.fstat(fd).st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+            hint = f" (an image layout is {LAYOUT_PREFIX}{path})" if stat.S_ISDIR(kind) else ""
+            raise UsageError(f"opening a layer failed: {path}: neither a file nor a block device{hint}")
+        return Part(path, os.lseek(fd, 0, os.SEEK_END), fd=fd)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _open_part(origin: Origin, path: str, digest: str = "", size: int = -1) -> Part:
+    part = open_file(path)
+    origin._open.append(part.fd)
+    if size not in (-1, part.size):
+        raise CorruptImage(f"opening a layer failed: {path}: {part.size} bytes, {size} were promised")
+    return Part(path, part.size, digest, fd=part.fd)
+
+
+def _locate_file(origin: Origin, path: str) -> None:
+    part = _open_part(origin, path)
+    if os.pread(part.fd, 1, 0) == b"{":
+        _locate_config(origin, path, part)
+    else:
+        origin.layers = [part]
+
+
+def _locate_config(origin: Origin, path: str, file: Part) -> None:
+    document = os.pread(file.fd, imagespec.CONFIG_SIZE_MAX + 1, 0)
+    try:
+        config = imagespec.parse(document)
+        layers = []
+        for lower in config.block_lowers:
+            if lower.target_file or lower.target_digest:
+                raise UsageError(f"opening the image failed: {path}: TurboOCI layers are not supported")
+            local = next((name for name in lower.candidates() if _exists(name)), None)
+            if local is not None:
+                layers.append(_open_part(origin, local, lower.digest))
+            elif lower.candidates() and not (config.repo_blob_url and lower.digest):
+                raise NotFound(f"opening the image failed: {lower.candidates()[0]}: no such file (named in {path})")
+            else:
+                layers.append(Part(lower.digest, lower.size, lower.digest, config.blob_url(lower)))
+    except FormatError as error:
+        raise CorruptImage(f"reading the config failed: {path}: {error}") from None
+    origin.layers = layers
+    if config.upper:
+        origin.upper = [_open_part(origin, config.upper.data), _open_part(origin, config.upper.index)]
+
+
+def _locate_layout(origin: Origin, place: str) -> None:
+    directory, tag = place, None
+    if not Path(directory).is_dir():
+        directory, _, tag = place.rpartition(":")
+        if not (directory and tag):
+            raise NotFound(f"opening an image layout failed: {place}: no such directory")
+    try:
+        layout.check_marker(_read_document(f"{directory}/{layout.MARKER}"))
+        index = layout.parse_index(_read_document(f"{directory}/{layout.INDEX}"))
+        chosen = _choose(origin.name, lambda: layout.choose_tag(index, tag))
+        manifest = oci.parse_manifest(_read_blob(directory, chosen))
+        if isinstance(manifest, oci.Index):
+            platforms = manifest
+            chosen = _choose(origin.name, lambda: platforms.choose(own_platform()))
+            manifest = oci.parse_manifest(_read_blob(directory, chosen))
+        if isinstance(manifest, oci.Index):
+            raise FormatError("an index of indexes of indexes")
+        origin.layers = [
+            _open_part(origin, f"{directory}/{layout.blob_path(digest)}", digest, size)
+            for digest, size in block_layers(origin.name, manifest)
+        ]
+    except FormatError as error:
+        raise CorruptImage(f"reading an image layout failed: {directory}: {error}") from None
+
+
+def _choose(name: str, choice: Callable[[], oci.Descriptor]) -> oci.Descriptor:
+    try:
+        return choice()
+    except FormatError as error:
+        raise NotFound(f"opening the image failed: {name}: {error}") from None
+
+
+def own_platform() -> oci.Platform:
+    """What this machine runs."""
+    return oci.Platform.of_machine(os.uname().machine)
+
+
+def block_layers(name: str, manifest: oci.Manifest) -> list[tuple[str, int]]:
+    """Digest and size of the blobs that hold an image's blocks, bottom first.
+
+    UsageError for images of another kind; `name` is what the user called this one.
+    """
+    layers = [layer for layer in manifest.layers if not oci.is_acceleration(layer)]
+    if any(oci.turbo_target(layer) for layer in layers):
+        raise UsageError(f"opening the image failed: {name}: TurboOCI layers are not supported")
+    if layers and all(layer.media_type.endswith(("gzip", "zstd")) and not oci.is_overlaybd(layer) for layer in layers):
+        raise UsageError(f"opening the image failed: {name}: an ordinary image, its layers are archives, not blocks")
+    return [(oci.layer_digest(layer), oci.layer_size(layer)) for layer in layers]
+
+
+def _read_document(path: str) -> bytes:
+    part = open_file(path)
+    try:
+        return os.pread(part.fd, oci.DOCUMENT_SIZE_MAX + 1, 0)
+    finally:
+        os.close(part.fd)
+
+
+def _read_blob(directory: str, blob: oci.Descriptor) -> bytes:
+    content = _read_document(f"{directory}/{layout.blob_path(blob.digest)}")
+    if not oci.matches(blob.digest, content):
+        raise FormatError(f"{blob.digest}: its content has another digest")
+    return content
+
+
+def _exists(path: str) -> bool:
+    try:
+        Path(path).stat()
+    except (OSError, ValueError):  # ValueError: a NUL, which no path can hold
+        return False
+    return True
+
+
+def _reference(text: str) -> str:
+    try:
+        return str(oci.Reference.parse(text))
+    except FormatError as error:
+        hint = "" if "/" not in text else f", and there is no file {text}"
+        raise UsageError(f"reading the image name failed: {text}: {error}{hint}") from None
+
+
+def _cannot_open(path: str, error: OSError) -> BlockdevError:
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return NotFound(f"opening a file failed: {path}: {error.strerror}")
+    if isinstance(error, PermissionError):
+        return AccessDenied(f"opening a file failed: {path}: {error.strerror}")
+    return EngineError(f"opening a file failed: {path}: {error.strerror}")

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one owner holds: the engine, the cache, and the devices that live on them.
+
+Sessions call from their own threads; the main thread calls event_fd, take_events(),
+busy(), drain() and close(). Opening an image may wait for a registry, nothing else here
+waits for more than a device to end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from blockdev.build.verify import Progress, Verified
+from blockdev.cache import Cache
+from blockdev.config import Policy
+from blockdev.device import Device, NbdTransport
+from blockdev.engine import Engine, Event, EventKind
+from blockdev.errors import DeviceError
+from blockdev.image import open_image
+from blockdev.layer import NamedBlob
+from blockdev.origin import Origin
+from blockdev.root import Root
+from blockdev.stack import Stack, open_local, open_part
+from blockdev.supply import Supply
+
+if TYPE_CHECKING:
+    from blockdev.remote import Remotes
+
+log = logging.getLogger(__name__)
+
+_JOIN_LIMIT = 2.0  # seconds for fetch threads to come back from a source
+
+
+class Owner:
+    """The engine of a root and everything open on it."""
+
+    def __init__(self, root: Root) -> None:
+        self._root = root
+        self._engine = Engine()
+        self.cache = Cache(root.blobs, self._engine)
+        self._supply = Supply(self._engine, self.cache)
+        self._remotes: Remotes | None = None
+        self._devices: dict[int, Device] = {}
+        self._lock = threading.Lock()  # of _devices, _draining and _remotes
+        self._ids = itertools.count(1)
+        self._draining = False
+        self._warned_of_writes = False
+
+    # ---- for sessions ----
+
+    def open(self, origin: Origin, access: Mapping[str, Any] | None, policy: Policy) -> Stack:
+        """Open an image. access says how to reach its registry, and is None if all of it is local.
+
+        Waits for the registry: as long as `policy` says for what has to be read of a blob.
+        """
+        if access is None:
+            return open_local(self._engine, origin)
+        with ExitStack() as undo:
+            blobs = self._open_lowers(origin, access, policy, undo)
+            upper = [open_part(self._engine, part, undo) for part in origin.upper]
+            image = open_image(self._engine, blobs, (upper[0], upper[1]) if upper else None)
+            return Stack(origin, image, [*blobs, *upper], undo.pop_all())
+
+    def verify(self, stack: Stack, progress: Progress) -> list[Verified]:
+        """Read all of an opened image, and check it."""
+        return stack.verify(self._engine, progress)
+
+    def _open_lowers(
+        self, origin: Origin, access: Mapping[str, Any], policy: Policy, undo: ExitStack
+    ) -> list[NamedBlob]:
+        remotes = self._get_remotes()
+        if origin.reference:
+            return remotes.open_reference(origin.reference, access, policy, undo)
+        return [
+            open_part(self._engine, part, undo) if part.fd >= 0 else remotes.open_part(part, access, policy, undo)
+            for part in origin.layers
+        ]
+
+    def _get_remotes(self) -> Remotes:
+        """Made when first needed: an owner of local images has no use for an HTTP client in its memory."""
+        from blockdev.remote import Remotes
+
+        with self._lock:
+            self._remotes = self._remotes or Remotes(self._supply)
+            return self._remotes
+
+    def add_device(self, stack: Stack) -> Device:
+        """A new device of an opened image, which is the device's from now on."""
+        device = Device(next(self._ids), stack, self._forget)
+        with self._lock:
+            if not self._draining:
+                self._devices[device.id] = device
+                return device
+        stack.close()
+        raise DeviceError(f"attaching failed: {stack.name}: the owner is stopping")
+
+    def devices(self) -> list[Device]:
+        """Those that are not gone."""
+        with self._lock:
+            return list(self._devices.values())
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Every device, as `ps` shows it."""
+        return [device.describe() for device in self.devices()]
+
+    def _forget(self, device: Device) -> None:
+        with self._lock:
+            self._devices.pop(device.id, None)
+        log.info("device gone id=%d image=%s where=%s", device.id, device.stack.name, device.where)
+
+    # ---- for the main thread ----
+
+    @property
+    def event_fd(self) -> int:
+        """Readable while the engine has events."""
+        return self._engine.event_fd
+
+    def take_events(self) -> None:
+        """Deal with every event that waits."""
+        while event := self._engine.next_event():
+            self._take(event)
+
+    def _take(self, event: Event) -> None:
+        if event.kind is EventKind.FUSE_CLOSED:
+            device = self._devices.get(event.id)
+            if device:  # reads that were in flight may take their time to end
+                threading.Thread(target=device.drain, args=(0,), name=f"end-{device.id}", daemon=True).start()
+        elif event.kind is EventKind.NBD_CLOSED:
+            servers = [device.transport for device in self.devices()]
+            any(server.connection_closed(event.id) for server in servers if isinstance(server, NbdTransport))
+        elif event.kind is EventKind.BLOB_COMPLETE:
+            self._supply.blob_whole(event.id)
+        elif event.kind is EventKind.BLOB_FAILING:
+            self._note_failure(event.id)
+        elif event.kind is EventKind.BLOB_DOWN:
+            self._supply.blob_down(event.id)
+            self._note_failure(event.id)
+        elif event.kind is EventKind.CACHE_WRITE and not self._warned_of_writes:
+            self._warned_of_writes = True
+            why = os.strerror(-event.status)
+            log.warning("cache not written, reads go on without it root=%s reason=%s", self._root.path, why)
+
+    def _note_failure(self, id: int) -> None:
+        digest, why = self._supply.failure(id)
+        for device in self.devices():
+            if any(named.name == digest for named in device.stack.blobs):
+                device.error = why
+
+    def busy(self) -> bool:
+        """Whether somebody still depends on this owner."""
+        return bool(self._devices)
+
+    def drain(self, timeout: float) -> None:
+        """End every device, side by side; requests in hand get `timeout` seconds."""
+        with self._lock:
+            self._draining = True
+        enders = [
+            threading.Thread(target=device.drain, args=(timeout,), name=f"end-{device.id}", daemon=True)
+            for device in self.devices()
+        ]
+        for ender in enders:
+            ender.start()
+        for ender in enders:
+            ender.join(timeout + 1)
+        self._engine.stop()
+
+    def close(self) -> None:
+        """Free the engine, unless a thread is stuck in it: then this process is about to end anyway."""
+        if self._supply.join(_JOIN_LIMIT):
+            self._engine.close()

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One caller of the owner: reads its requests, does them, answers.
+
+A request is {"op": ..., ...}; its answer is one object, with {"progress": ...} objects
+before it where it takes long, or an {"error": ...}. What a caller attached in the
+foreground (op "serve") ends with its connection; a mount outlives it once the caller has
+said where it is (op "mounted").
+
+Each session is a thread. Whatever escapes an operation is a defect: it is logged, told
+to the caller, and the session goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+
+from blockdev import control
+from blockdev.build.export import export_image
+from blockdev.config import parse_policy
+from blockdev.control import Body, Channel, Message
+from blockdev.device import Device, NbdTransport, State
+from blockdev.errors import BlockdevError, DeviceError, EngineError, UsageError
+from blockdev.origin import Origin
+from blockdev.owner import Owner
+from blockdev.stack import Stack
+from blockdev.transport.fuse import FuseTransport
+
+log = logging.getLogger(__name__)
+
+_PROGRESS_EVERY = 0.2  # seconds
+_DRAIN_LIMIT = 5.0  # seconds that the requests in hand of an ended export get
+
+
+class Session:
+    """The conversation with one caller, in a thread of its own."""
+
+    def __init__(
+        self, channel: Channel, owner: Owner, stop: Callable[[], None], ended: Callable[[Session], None]
+    ) -> None:
+        """stop: makes the owner leave; ended: told when this conversation is over."""
+        self._channel = channel
+        self._owner = owner
+        self._stop = stop
+        self._ended = ended
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+        self._ops: dict[str, Callable[[Message], Body]] = {
+            "hello": self._hello,
+            "serve": self._serve,
+            "mount": self._mount,
+            "inspect": self._inspect,
+            "verify": self._verify,
+            "export": self._export,
+            "adopt": self._adopt,
+            "cache stat": self._cache_stat,
+            "cache prune": self._cache_prune,
+            "ps": self._ps,
+            "stop": self._stop_owner,
+        }
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def hang_up(self) -> None:
+        """Take no more requests; what runs may finish and answer."""
+        self._channel.hang_up()
+
+    def join(self, timeout: float) -> None:
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            while message := self._channel.receive():
+                try:
+                    self._channel.send(self._answer(message))
+                finally:
+                    message.close()
+        except ConnectionError:
+            log.info("a caller hung up before its answer")
+        except DeviceError as error:  # it speaks, but not our language
+            with contextlib.suppress(ConnectionError):
+                self._channel.send(control.error_body(error))
+        finally:
+            self._channel.close()
+            self._ended(self)
+
+    def _answer(self, message: Message) -> Body:
+        op = message.body.get("op")
+        try:
+            operation = self._ops.get(str(op))
+            if operation is None:
+                raise UsageError(f"asking the owner failed: {op!r}: no such request in this version")
+            return operation(message)
+        except BlockdevError as error:
+            log.info("%s failed: %s", op, error)
+            return control.error_body(error)
+        except ConnectionError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a defect in one request must not end the owner
+            # Frames only: the text of a foreign exception may hold a signed URL.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            log.error("%s failed: a defect: %s\n%s", op, type(error).__name__, frames)
+            return control.error_body(EngineError(f"{op} failed: a defect of the owner: {error!r}"))
+
+    def _hello(self, message: Message) -> Body:
+        return {"pid": os.getpid()}
+
+    # ---- devices ----
+
+    def _serve(self, message: Message) -> Body:
+        """Export an image on the last descriptor, a listening socket, until the caller says "end" or goes."""
+        listener = socket.socket(fileno=os.dup(message.descriptors[-1]))
+        try:
+            device = self._owner.add_device(self._open(message))
+        except BaseException:
+            listener.close()
+            raise
+        device.where = message.body["where"]
+        device.attach(NbdTransport(listener, message.body["export"]))
+        self._device_live(device)
+        try:
+            self._channel.send({"id": device.id, "size": device.size})
+            ending = self._channel.receive()
+        finally:
+            ended = device.state is not State.LIVE
+            device.drain(_DRAIN_LIMIT)
+        if ended:
+            raise DeviceError(f"serving failed: {device.stack.name}: the owner was stopped")
+        if ending is None:
+            raise ConnectionAbortedError
+        return {"ended": device.id}
+
+    def _mount(self, message: Message) -> Body:
+        """Open an image; then the caller mounts FUSE and passes it ("fuse"), mounts what it wants
+        of it and says so ("mounted"). If it does not get so far, nothing of it stays here."""
+        device = self._owner.add_device(self._open(message))
+        try:
+            self._channel.send({"id": device.id, "size": device.size})
+            fuse_fd = self._next("fuse").take()[0]
+            device.attach(FuseTransport(fuse_fd, id=device.id))
+            self._channel.send({"serving": device.id})
+            mounted = self._next("mounted").body
+            device.where, device.how = mounted["where"], mounted["how"]
+        except BaseException:
+            device.drain(0)
+            raise
+        self._device_live(device)
+        return {"id": device.id}
+
+    def _next(self, op: str) -> Message:
+        """The caller's next request, which has to be this one."""
+        message = self._channel.receive()
+        if message is None:
+            raise ConnectionAbortedError
+        if message.body.get("op") != op:
+            message.close()
+            raise UsageError(f"asking the owner failed: {message.body.get('op')!r}: {op} has to come first")
+        return message
+
+    def _device_live(self, device: Device) -> None:
+        name = device.transport.name if device.transport else ""
+        log.info("device live id=%d image=%s transport=%s where=%s", device.id, device.stack.name, name, device.where)
+
+    # ---- images ----
+
+    def _open(self, message: Message) -> Stack:
+        body = message.body
+        origin = Origin.from_wire(body["image"], message.descriptors)
+        return self._owner.open(origin, body.get("access"), parse_policy(body["policy"]))
+
+    def _inspect(self, message: Message) -> Body:
+        with self._open(message) as stack:
+            return stack.describe()
+
+    def _verify(self, message: Message) -> Body:
+        with self._open(message) as stack:
+            return {"layers": [asdict(layer) for layer in self._owner.verify(stack, self._progress())]}
+
+    def _adopt(self, message: Message) -> Body:
+        """Keep what the descriptor reads as the blob that it is said to be, if it is."""
+        self._owner.cache.adopt(message.descriptors[0], message.body["digest"])
+        return {"digest": message.body["digest"]}
+
+    def _export(self, message: Message) -> Body:
+        """Write the disk to the last descriptor."""
+        with self._open(message) as stack:
+            export_image(stack.image, message.descriptors[-1], self._progress())
+            return {"size": stack.image.size}
+
+    def _progress(self) -> Callable[[int, int], None]:
+        """Tells the caller now and then how far a long operation is; ConnectionError if it has gone."""
+        told = time.monotonic()
+
+        def progress(done: int, total: int) -> None:
+            nonlocal told
+            if time.monotonic() - told >= _PROGRESS_EVERY:
+                told = time.monotonic()
+                self._channel.send({"progress": {"done": done, "total": total}})
+
+        return progress
+
+    # ---- the owner ----
+
+    def _cache_stat(self, message: Message) -> Body:
+        return {"blobs": [asdict(found) for found in self._owner.cache.stat()]}
+
+    def _cache_prune(self, message: Message) -> Body:
+        return asdict(self._owner.cache.prune())
+
+    def _ps(self, message: Message) -> Body:
+        return {"devices": self._owner.describe()}
+
+    def _stop_owner(self, message: Message) -> Body:
+        live = [device.where or device.stack.name for device in self._owner.devices()]
+        if live and not message.body.get("force"):
+            raise DeviceError(f"stopping the owner failed: {', '.join(live)}: in use (--force ends them)")
+        self._stop()
+        return {"stopping": os.getpid()}

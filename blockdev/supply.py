@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blobs that fill as they are read: cache entries, joined to where their bytes come from.
+
+    open()      an entry and its source, shared by all images that have the blob
+    verify-0    a thread that checks the digest of each blob that has become whole
+
+The fetch threads start with the first blob that needs them. Any thread may call.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from blockdev.cache import Cache, Entry
+from blockdev.config import Policy
+from blockdev.engine import Blob, Engine, EngineStopped
+from blockdev.errors import BlockdevError
+from blockdev.fetch.pool import Pool
+from blockdev.layer import NamedBlob
+from blockdev.source import Source
+
+log = logging.getLogger(__name__)
+
+
+class Supply:
+    """The lazily filled blobs of one engine and one cache."""
+
+    def __init__(self, engine: Engine, cache: Cache) -> None:
+        self._cache = cache
+        self._pool = Pool(engine)
+        self._started = False
+        self._sources: defaultdict[int, list[Source]] = defaultdict(list)  # by blob id, the one in use last
+        self._digests: dict[int, str] = {}
+        self._lock = threading.Lock()  # of the above; held for local file operations only
+        self._whole: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._verifier = threading.Thread(target=self._verify_all, name="verify-0", daemon=True)
+
+    def open(
+        self, digest: str, size: int, policy: Policy, source_of: Callable[[Blob, ExitStack], Source], undo: ExitStack
+    ) -> NamedBlob:
+        """The blob with this digest; `undo` gives it back. source_of(blob, undo) says where its bytes
+        come from: of several users of a blob, the last one's source and policy rule."""
+        with self._lock:
+            entry = self._cache.open(digest, size, policy)
+            try:
+                source = source_of(entry.blob, undo)
+            except BaseException:
+                entry.close()
+                raise
+            undo.callback(self._leave, entry, source)
+            self._sources[entry.id].append(source)
+            self._digests[entry.id] = digest
+            self._pool.attach(entry.id, entry.blob, source)
+            self._start()
+            if entry.complete and not entry.verified:
+                self._whole.put(entry.id)
+        return NamedBlob(digest, entry.blob)
+
+    def _leave(self, entry: Entry, source: Source) -> None:
+        with self._lock:
+            others = self._sources[entry.id]
+            others.remove(source)
+            if others:
+                self._pool.attach(entry.id, entry.blob, others[-1])
+            else:
+                del self._sources[entry.id], self._digests[entry.id]
+                self._pool.detach(entry.id)
+        entry.close()
+
+    def _start(self) -> None:
+        if not self._started:
+            self._started = True
+            self._pool.start()
+            self._verifier.start()
+
+    def blob_whole(self, id: int) -> None:
+        """Every extent of a blob is here now."""
+        self._whole.put(id)
+
+    def blob_down(self, id: int) -> None:
+        """The engine has given up on a blob's source: it is probed from now on."""
+        self._pool.blob_down(id)
+
+    def failure(self, id: int) -> tuple[str, str]:
+        """Digest of an open blob, and why its last fetch failed; "" for what is not so."""
+        with self._lock:
+            return self._digests.get(id, ""), self._pool.failure(id)
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the threads of a stopped engine; False if some is stuck after `timeout` seconds."""
+        self._whole.put(None)
+        gone = self._pool.join(timeout)
+        if self._started:
+            self._verifier.join(timeout)
+        return gone and not self._verifier.is_alive()
+
+    def _verify_all(self) -> None:
+        while (id := self._whole.get()) is not None:
+            entry = self._cache.by_id(id)
+            if entry is None:  # closed meanwhile: it is checked when it is next opened
+                continue
+            try:
+                if not entry.verified:
+                    entry.verify()
+                    log.info("blob verified digest=%s size=%d", entry.digest, entry.blob.size)
+            except EngineStopped:
+                return
+            except BlockdevError as error:
+                log.warning("blob not verified digest=%s reason=%s", entry.digest, error)
+            finally:
+                entry.close()

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernel offers and Python's os module does not: mount(2), loop devices, the mount table.
+
+Promises: every failure is an OSError with its errno and the path concerned; nothing here
+decides anything, and nothing calls into the server of a mount (no stat, no open of what
+is mounted), except attach_loop(), which opens its file. The only user of ctypes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Self
+
+# linux/mount.h
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_NOSYMFOLLOW = 256
+MS_NOATIME = 1024
+MS_NODIRATIME = 2048
+MS_RELATIME = 1 << 21
+MS_STRICTATIME = 1 << 24
+
+# umount2(2)
+MNT_FORCE = 1
+MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+
+LOOP_MAJOR = 7
+
+# linux/loop.h
+_LOOP_CONFIGURE = 0x4C0A
+_LOOP_CTL_GET_FREE = 0x4C82
+_LO_FLAGS_READ_ONLY = 1
+_LO_FLAGS_AUTOCLEAR = 4
+_LO_FLAGS_DIRECT_IO = 16
+_LOOP_INFO64 = struct.Struct("=5Q4I64s64s32s2Q")
+_LOOP_CONFIG = struct.Struct(f"=2I{_LOOP_INFO64.size}s64x")
+_LOOP_NAME_MAX = 63
+_LOOP_BLOCK_SIZE = 512  # any file system's block is a multiple, whatever made the image
+_LOOP_TRIES = 64  # a free device can be taken by somebody else between asking and attaching
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+_libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+
+
+def _failure(path: Path) -> OSError:
+    error = ctypes.get_errno()
+    return OSError(error, os.strerror(error), str(path))
+
+
+def mount(source: str | Path, target: Path, kind: str, *, flags: int, options: str) -> None:
+    """mount(2). kind is the file system type, options what it gets as its data."""
+    arguments = [os.fsencode(value) for value in (source, target, kind)]
+    if _libc.mount(*arguments, flags, os.fsencode(options)) != 0:
+        raise _failure(target)
+
+
+def umount(target: Path, flags: int) -> None:
+    """umount2(2)."""
+    if _libc.umount2(os.fsencode(target), flags) != 0:
+        raise _failure(target)
+
+
+# ---- the mount table ----
+
+
+class MountEntry(NamedTuple):
+    """One line of /proc/self/mountinfo."""
+
+    id: int
+    major: int
+    minor: int
+    point: str
+    kind: str
+    source: str
+
+
+def _unescape(field: str) -> str:
+    """The kernel writes space, tab, newline and backslash as octal escapes."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+
+
+def mounts() -> list[MountEntry]:
+    """What is mounted in this process's namespace, in the order it was mounted."""
+    entries = []
+    table = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+    for line in table.split("\n")[:-1]:
+        before, _, after = line.partition(" - ")
+        fields, (kind, source, *_) = before.split(" "), after.split(" ")
+        major, _, minor = fields[2].partition(":")
+        entries.append(
+            MountEntry(int(fields[0]), int(major), int(minor), _unescape(fields[4]), kind, _unescape(source))
+        )
+    return entries
+
+
+def mounted_at(path: Path) -> MountEntry | None:
+    """The topmost mount on exactly this resolved path."""
+    return next((entry for entry in reversed(mounts()) if entry.point == str(path)), None)
+
+
+# ---- FUSE ----
+
+
+def open_fuse() -> int:
+    """A new /dev/fuse descriptor, to be mounted."""
+    return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+
+
+# ---- loop devices ----
+
+
+@dataclass
+class LoopDevice:
+    """An attached loop device. It detaches itself when nobody has it open any more:
+    keep this open until it is mounted, then close it."""
+
+    number: int
+    fd: int
+
+    @property
+    def path(self) -> str:
+        return f"/dev/loop{self.number}"
+
+    @property
+    def direct(self) -> bool:
+        """Whether it reads its file past the page cache."""
+        return Path(f"/sys/block/loop{self.number}/loop/dio").read_text().strip() == "1"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+
+def attach_loop(file: Path) -> LoopDevice:
+    """A read-only, self-detaching loop device over the file, with direct I/O."""
+    name = os.fsencode(file)[:_LOOP_NAME_MAX]
+    flags = _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR | _LO_FLAGS_DIRECT_IO
+    details = _LOOP_INFO64.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, name, b"", b"", 0, 0)
+    control = backing = -1
+    try:
+        control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+        backing = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        for _ in range(_LOOP_TRIES):
+            number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
+            loop = os.open(f"/dev/loop{number}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(loop, _LOOP_CONFIGURE, _LOOP_CONFIG.pack(backing, _LOOP_BLOCK_SIZE, details))
+            except OSError as error:
+                os.close(loop)
+                if error.errno != errno.EBUSY:
+                    raise OSError(error.errno, error.strerror, f"/dev/loop{number}") from None
+            else:
+                return LoopDevice(number, loop)
+        raise OSError(errno.EBUSY, f"no loop device was free in {_LOOP_TRIES} tries", str(file))
+    finally:
+        for fd in (control, backing):
+            if fd >= 0:
+                os.close(fd)
+
+
+def loop_file(number: int) -> str | None:
+    """The path of what a loop device is attached to; None if it is not attached."""
+    try:
+        return Path(f"/sys/block/loop{number}/loop/backing_file").read_text(errors="surrogateescape")[:-1]
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An image as a FUSE file: the owner's half.
+
+The client has mounted a /dev/fuse descriptor (blockdev.mountpoint) and passed it here;
+from attach() on native/fuse.c answers what the kernel asks on it, until the file is
+unmounted. That end shows as EventKind.FUSE_CLOSED with this transport's id.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import ClassVar
+
+from blockdev.engine import FuseSession
+from blockdev.image import OpenImage
+
+THREADS = 2  # read /dev/fuse and answer hits; misses wait in slots, not in threads
+SLOTS = 64  # requests in hand; a loop device alone keeps 128 in flight, so depth pays
+
+
+class FuseTransport:
+    """One mounted /dev/fuse descriptor and the session that serves it."""
+
+    name: ClassVar[str] = "fuse"
+
+    def __init__(self, fuse_fd: int, *, id: int) -> None:
+        """Takes fuse_fd over: it is closed with the session, or by detach() before one began."""
+        self._fuse_fd = fuse_fd
+        self._id = id
+        # Whoever holds this and the descriptor can answer what we had read (native/fuse.c).
+        self._memfd = os.memfd_create(f"ociblk-fuse-{id}", os.MFD_CLOEXEC)
+        self._session: FuseSession | None = None
+
+    def attach(self, image: OpenImage) -> None:
+        """Begin to serve. Once."""
+        self._session = image.image.serve_fuse(self._fuse_fd, self._memfd, id=self._id, threads=THREADS, slots=SLOTS)
+
+    def detach(self, *, timeout: float) -> None:
+        """End. Idempotent.
+
+        A FUSE file is drained by unmounting it, so nothing waits for `timeout` here: if
+        it is still mounted, what is in hand and all later use of it fails.
+        """
+        session, self._session = self._session, None
+        if session:
+            session.close()
+        for fd in (self._fuse_fd, self._memfd):
+            if fd >= 0:
+                os.close(fd)
+        self._fuse_fd = self._memfd = -1
+
+    def requests(self) -> int:
+        """Requests answered since attach()."""
+        return self._session.stat().requests if self._session else 0

@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""serve, mount, umount, ps and daemon --stop on local images, with real owners and a real kernel."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from blockdev.root import Root
+from tests import fixtures, requires
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+Start = Callable[..., "subprocess.Popen[str]"]
+
+WAIT = 20.0  # seconds that anything here may take on a busy machine
+DATA = fixtures.DATA
+LAYER = DATA / "a-l2.lz4-4k.zlsmt"
+SIZE = 16 << 20
+
+
+def until(condition: Callable[[], bool], limit: float = WAIT) -> bool:
+    """Whether the condition became true within the limit."""
+    deadline = time.monotonic() + limit
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Root]:
+    """A root whose owner, mounts and exports are gone afterwards."""
+    root = Root(tmp_path / "root")
+    yield root
+    command = [sys.executable, "-m", "blockdev", "daemon", "--stop", "--force", "--root", str(root.path)]
+    subprocess.run(command, check=True, timeout=WAIT)
+
+
+@pytest.fixture
+def run(ociblk: str, root: Root) -> Run:
+    """run("ps") runs one command on the root and returns what became of it."""
+
+    def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [ociblk, *map(str, words), "--root", str(root.path)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+    return run
+
+
+@pytest.fixture
+def start(ociblk: str, root: Root) -> Iterator[Start]:
+    """start("serve", ...) starts one; it is ended by the test, or killed afterwards."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*words: str | Path) -> subprocess.Popen[str]:
+        command = [ociblk, *map(str, words), "--root", str(root.path)]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def uri_of(serving: subprocess.Popen[str]) -> str:
+    assert serving.stdout
+    return serving.stdout.readline().strip()
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, errors = process.communicate(timeout=WAIT)
+    return process.returncode, errors
+
+
+def greets(sock: socket.socket) -> bool:
+    """Whether an NBD server is at the other end."""
+    sock.settimeout(WAIT)
+    return sock.recv(8) == b"NBDMAGIC"
+
+
+def devices(run: Run) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = json.loads(run("ps", "--json").stdout)["devices"]
+    return found
+
+
+def sha256_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def exported(run: Run, image: str | Path, to: Path) -> bytes:
+    assert run("export", image, "-o", to).returncode == 0
+    return to.read_bytes()
+
+
+# ---- serve ----
+
+
+def test_serve_prints_one_uri_that_is_usable_at_once_and_ends_well(tmp_path: Path, run: Run, start: Start) -> None:
+    requires.requires_command("nbdcopy")
+    serving = start("serve", LAYER, "--socket", tmp_path / "s", "--export", "name")
+    assert uri_of(serving) == f"nbd+unix:///name?socket={tmp_path}/s"
+    for uri in (f"nbd+unix:///name?socket={tmp_path}/s", f"nbd+unix:///?socket={tmp_path}/s"):
+        subprocess.run(["nbdcopy", uri, tmp_path / "copy"], check=True, timeout=60)
+        assert (tmp_path / "copy").read_bytes() == exported(run, LAYER, tmp_path / "raw")
+    assert [(device["front_end"], device["state"], device["mode"]) for device in devices(run)] == [
+        ("nbd", "live", "local")
+    ]
+    serving.send_signal(signal.SIGTERM)
+    assert ended(serving) == (0, "")
+    assert not (tmp_path / "s").exists()
+    assert devices(run) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_client_that_stays_connected_does_not_keep_serve(
+    tmp_path: Path, start: Start, number: signal.Signals
+) -> None:
+    serving = start("serve", LAYER, "--socket", tmp_path / "s")
+    assert uri_of(serving)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "s"))
+        assert greets(client)
+        serving.send_signal(number)
+        assert ended(serving) == (0, "")
+
+
+def test_serve_on_tcp_is_on_loopback_and_picks_a_port(start: Start) -> None:
+    serving = start("serve", LAYER, "--port", "0", "--export", "a b")
+    uri = uri_of(serving)
+    assert uri.startswith("nbd://127.0.0.1:")
+    assert uri.endswith("/a%20b")
+    port = int(uri.removeprefix("nbd://127.0.0.1:").partition("/")[0])
+    with socket.create_connection(("127.0.0.1", port), timeout=WAIT) as client:
+        assert greets(client)
+    serving.terminate()
+    assert ended(serving) == (0, "")
+
+
+def test_a_port_in_use_is_refused(run: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        refused = run("serve", LAYER, "--port", str(taken.getsockname()[1]))
+    assert (refused.returncode, refused.stderr.count("\n"), refused.stdout) == (7, 1, "")
+
+
+@pytest.mark.parametrize("words", [("--port", "70000"), ("--port", "1", "--bind", "no.such.host.invalid")])
+def test_an_address_that_is_none_is_refused(run: Run, words: tuple[str, ...]) -> None:
+    assert run("serve", LAYER, *words).returncode == 2
+
+
+def test_a_socket_left_behind_is_replaced(tmp_path: Path, start: Start) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / "s"))
+    serving = start("serve", LAYER, "--socket", tmp_path / "s")
+    assert uri_of(serving)
+    serving.terminate()
+    assert ended(serving) == (0, "")
+
+
+def test_a_socket_in_use_is_refused_and_left_alone(tmp_path: Path, run: Run, start: Start) -> None:
+    serving = start("serve", LAYER, "--socket", tmp_path / "s")
+    assert uri_of(serving)
+    refused = run("serve", LAYER, "--socket", tmp_path / "s")
+    assert (refused.returncode, refused.stderr.count("\n")) == (7, 1)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "s"))
+        assert greets(client)
+
+
+def test_a_file_in_the_place_of_the_socket_is_refused_and_left_alone(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "s").write_text("mine")
+    assert run("serve", LAYER, "--socket", tmp_path / "s").returncode == 7
+    assert (tmp_path / "s").read_text() == "mine"
+
+
+def test_serve_works_at_a_path_too_long_for_a_socket(tmp_path: Path, start: Start) -> None:
+    place = tmp_path.joinpath(*["d" * 60] * 3)
+    place.mkdir(parents=True)
+    serving = start("serve", LAYER, "--socket", place / "s")
+    assert uri_of(serving).endswith("/s")
+    serving.terminate()
+    assert ended(serving) == (0, "")
+    assert not (place / "s").exists()
+
+
+def test_an_export_ends_with_the_command_that_made_it(tmp_path: Path, run: Run, start: Start) -> None:
+    serving = start("serve", LAYER, "--socket", tmp_path / "s")
+    assert uri_of(serving)
+    serving.kill()
+    assert until(lambda: devices(run) == [])
+    with socket.socket(socket.AF_UNIX) as client, pytest.raises(ConnectionRefusedError):
+        client.connect(str(tmp_path / "s"))
+
+
+def test_serve_ends_with_one_line_when_its_owner_dies(tmp_path: Path, root: Root, start: Start) -> None:
+    serving = start("serve", LAYER, "--socket", tmp_path / "s")
+    assert uri_of(serving)
+    os.kill(int((root.holder() or "").rpartition(" ")[2]), signal.SIGKILL)
+    code, errors = ended(serving)
+    assert (code, errors.count("\n")) == (7, 1)
+    assert not (tmp_path / "s").exists()
+
+
+def test_stop_with_a_live_export_needs_force(tmp_path: Path, root: Root, run: Run, start: Start) -> None:
+    serving = start("serve", LAYER, "--socket", tmp_path / "s")
+    uri = uri_of(serving)
+    refused = run("daemon", "--stop")
+    assert refused.returncode == 7
+    assert uri in refused.stderr
+    assert len(devices(run)) == 1
+    assert run("daemon", "--stop", "--force").returncode == 0
+    assert not root.owned()
+    code, errors = ended(serving)
+    assert (code, "stopped" in errors) == (7, True)
+
+
+def test_a_broken_image_is_refused_before_anything_is_served(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "broken").write_bytes(b"x" * 100_000)
+    refused = run("serve", tmp_path / "broken", "--socket", tmp_path / "s")
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (5, "", 1)
+    assert not (tmp_path / "s").exists()
+
+
+def test_each_further_image_takes_little_memory(tmp_path: Path, root: Root, start: Start) -> None:
+    def resident() -> int:
+        status = Path(f"/proc/{(root.holder() or '').rpartition(' ')[2]}/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) << 10
+
+    assert uri_of(start("serve", LAYER, "--socket", tmp_path / "first"))
+    one = resident()
+    for number in range(10):
+        assert uri_of(start("serve", LAYER, "--socket", tmp_path / str(number)))
+    assert one <= 40 << 20
+    assert (resident() - one) / 10 <= 2 << 20
+
+
+# ---- mount ----
+
+
+@pytest.fixture(scope="module")
+def ext4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image with an ext4 file system, as a config of three layers."""
+    requires.requires_mount()
+    config = tmp_path_factory.mktemp("ext4") / "config.v1.json"
+    config.write_bytes(fixtures.config("04-apply-ext4/v64m-3layer.config.json"))
+    return config
+
+
+def mounted(path: Path) -> bool:
+    return f" {path} " in Path("/proc/self/mountinfo").read_text()
+
+
+def test_a_mount_is_usable_when_the_command_returns_and_leaves_nothing(
+    tmp_path: Path, root: Root, run: Run, ext4: Path
+) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    done = run("mount", ext4, target)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (target / "etc").is_dir()
+    flags = os.statvfs(target).f_flag
+    assert flags & os.ST_RDONLY
+    assert flags & os.ST_NODEV
+    assert flags & os.ST_NOSUID
+    (device,) = devices(run)
+    assert (device["where"], device["front_end"], device["state"]) == (str(target), "fuse", "live")
+    assert str(device["how"]).startswith("ext4")
+    assert run("umount", target).returncode == 0
+    assert not mounted(target)
+    assert until(lambda: devices(run) == [])
+    assert list(root.mounts.iterdir()) == []
+
+
+def test_a_busy_mount_is_kept_unless_forced(tmp_path: Path, run: Run, ext4: Path) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    assert run("mount", ext4, target).returncode == 0
+    with open(next(path for path in (target / "etc").iterdir() if path.is_file()), "rb"):
+        refused = run("umount", target)
+        assert (refused.returncode, refused.stderr.count("\n")) == (7, 1)
+        assert mounted(target)
+        assert run("umount", "--force", target).returncode == 0
+    assert not mounted(target)
+    assert until(lambda: devices(run) == [])
+
+
+def test_a_busy_mount_point_is_refused(tmp_path: Path, run: Run, ext4: Path) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    assert run("mount", ext4, target).returncode == 0
+    refused = run("mount", ext4, target)
+    assert (refused.returncode, refused.stderr.count("\n")) == (7, 1)
+    assert until(lambda: len(devices(run)) == 1)
+    assert run("umount", target).returncode == 0
+
+
+@pytest.mark.parametrize(("image", "target", "code"), [("ext4", "absent", 3), ("ext4", "file", 7), ("none", "mnt", 7)])
+def test_a_mount_that_fails_leaves_nothing(
+    tmp_path: Path, root: Root, run: Run, ext4: Path, image: str, target: str, code: int
+) -> None:
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "file").touch()
+    failed = run("mount", ext4 if image == "ext4" else LAYER, tmp_path / target)
+    assert (failed.returncode, failed.stderr.count("\n"), failed.stdout) == (code, 1, "")
+    assert until(lambda: devices(run) == [])
+    assert list(root.mounts.iterdir()) == []
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_mount_raw_shows_the_disk_as_a_file(tmp_path: Path, run: Run) -> None:
+    requires.requires_mount()
+    disk = tmp_path / "disk"
+    assert run("mount", "--raw", LAYER, disk).returncode == 0
+    found = disk.stat()
+    assert (found.st_size, stat.S_ISREG(found.st_mode)) == (SIZE, True)
+    assert sha256_of(disk.read_bytes()) == sha256_of(exported(run, LAYER, tmp_path / "raw"))
+    with pytest.raises(OSError, match=r"[Rr]ead-only|denied"):
+        disk.open("r+b")
+    assert run("umount", disk).returncode == 0
+    assert until(lambda: devices(run) == [])
+
+
+def test_mount_options_reach_the_kernel_and_nonsense_is_refused(tmp_path: Path, run: Run, ext4: Path) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    assert run("mount", ext4, target, "-o", "noexec").returncode == 0
+    assert os.statvfs(target).f_flag & os.ST_NOEXEC
+    assert run("umount", target).returncode == 0
+    assert run("mount", ext4, target, "-o", "rw").returncode == 2
+    assert run("mount", ext4, target, "-o", "frobnicate").returncode == 7
+    assert run("mount", "--raw", ext4, target, "-o", "noexec").returncode == 2
+
+
+def test_the_helper_of_mount_8_mounts_too(tmp_path: Path, ociblk: str, root: Root, run: Run, ext4: Path) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    helper = Path(ociblk).with_name("mount.ociblk")
+    options = f"rw,noexec,ociblk.root={root.path},ociblk.on-error=hang"
+    command = [str(helper), str(ext4), str(target), "-n", "-o", options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert os.statvfs(target).f_flag & os.ST_NOEXEC
+    assert run("umount", target).returncode == 0
+
+
+def test_a_mount_outlives_neither_a_forced_stop_nor_its_files(tmp_path: Path, root: Root, run: Run, ext4: Path) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    assert run("mount", ext4, target).returncode == 0
+    refused = run("daemon", "--stop")
+    assert refused.returncode == 7
+    assert str(target) in refused.stderr
+    assert run("daemon", "--stop", "--force").returncode == 0
+    assert not mounted(target)
+    assert list(root.mounts.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_umount_needs_no_owner(tmp_path: Path, root: Root, run: Run, ext4: Path, number: signal.Signals) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    assert run("mount", ext4, target).returncode == 0
+    owner = int((root.holder() or "").rpartition(" ")[2])
+    os.kill(owner, number)
+    started = time.monotonic()
+    done = run("umount", target)
+    if number == signal.SIGSTOP:
+        os.kill(owner, signal.SIGCONT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert time.monotonic() - started < 10
+    assert not mounted(target)
+
+
+def test_an_owner_stays_while_something_is_mounted(tmp_path: Path, root: Root, run: Run, ext4: Path) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    assert run("mount", ext4, target).returncode == 0
+    assert not until(lambda: not root.owned(), limit=12)
+    assert run("umount", target).returncode == 0
