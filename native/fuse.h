@@ -33,8 +33,8 @@ struct session_record {
 	char magic[8];
 	uint32_t slots;
 	uint32_t record_size;
-	uint32_t minor;                 /* of the protocol as negotiated; 0 = INIT not answered yet */
-	uint32_t read_max;              /* longest READ the kernel will send */
+	_Atomic uint32_t minor;                /* of the protocol as negotiated; 0 = INIT not answered yet */
+	_Atomic uint32_t read_max;              /* longest READ the kernel will send */
 };
 
 enum { RECORD_FREE = 0, RECORD_BUSY = 1 };
