@@ -25,7 +25,7 @@ from tests import leaks, requires
 from tests.machine import machine
 from tests.progress import Progress
 
-pytest_plugins = ("tests.registries",)
+pytest_plugins = ("tests.commands", "tests.registries")
 
 RUNS = Path(tempfile.gettempdir()).resolve() / "ociblk-test"  # short: socket paths go below it
 LEAVE_WAIT = 20.0  # seconds for what was told to stop: an idle owner alone takes 10 to leave

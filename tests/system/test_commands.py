@@ -4,96 +4,29 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import signal
 import socket
 import stat
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from blockdev.root import Root
 from tests import fixtures, requires
+from tests.commands import WAIT, Run, Start, devices, ended, owner_pid, until, uri_of
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
-Start = Callable[..., "subprocess.Popen[str]"]
-
-WAIT = 20.0  # seconds that anything here may take on a busy machine
 DATA = fixtures.DATA
 LAYER = DATA / "a-l2.lz4-4k.zlsmt"
 SIZE = 16 << 20
-
-
-def until(condition: Callable[[], bool], limit: float = WAIT) -> bool:
-    """Whether the condition became true within the limit."""
-    deadline = time.monotonic() + limit
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Iterator[Root]:
-    """A root whose owner, mounts and exports are gone afterwards."""
-    root = Root(tmp_path / "root")
-    yield root
-    command = [sys.executable, "-m", "blockdev", "daemon", "--stop", "--force", "--root", str(root.path)]
-    subprocess.run(command, check=True, timeout=WAIT)
-
-
-@pytest.fixture
-def run(ociblk: str, root: Root) -> Run:
-    """run("ps") runs one command on the root and returns what became of it."""
-
-    def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [ociblk, *map(str, words), "--root", str(root.path)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-
-    return run
-
-
-@pytest.fixture
-def start(ociblk: str, root: Root) -> Iterator[Start]:
-    """start("serve", ...) starts one; it is ended by the test, or killed afterwards."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*words: str | Path) -> subprocess.Popen[str]:
-        command = [ociblk, *map(str, words), "--root", str(root.path)]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def uri_of(serving: subprocess.Popen[str]) -> str:
-    assert serving.stdout
-    return serving.stdout.readline().strip()
-
-
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    _, errors = process.communicate(timeout=WAIT)
-    return process.returncode, errors
 
 
 def greets(sock: socket.socket) -> bool:
     """Whether an NBD server is at the other end."""
     sock.settimeout(WAIT)
     return sock.recv(8) == b"NBDMAGIC"
-
-
-def devices(run: Run) -> list[dict[str, object]]:
-    found: list[dict[str, object]] = json.loads(run("ps", "--json").stdout)["devices"]
-    return found
 
 
 def sha256_of(content: bytes) -> str:
@@ -207,7 +140,7 @@ def test_an_export_ends_with_the_command_that_made_it(tmp_path: Path, run: Run, 
 def test_serve_ends_with_one_line_when_its_owner_dies(tmp_path: Path, root: Root, start: Start) -> None:
     serving = start("serve", LAYER, "--socket", tmp_path / "s")
     assert uri_of(serving)
-    os.kill(int((root.holder() or "").rpartition(" ")[2]), signal.SIGKILL)
+    os.kill(owner_pid(root), signal.SIGKILL)
     code, errors = ended(serving)
     assert (code, errors.count("\n")) == (7, 1)
     assert not (tmp_path / "s").exists()
@@ -235,7 +168,7 @@ def test_a_broken_image_is_refused_before_anything_is_served(tmp_path: Path, run
 
 def test_each_further_image_takes_little_memory(tmp_path: Path, root: Root, start: Start) -> None:
     def resident() -> int:
-        status = Path(f"/proc/{(root.holder() or '').rpartition(' ')[2]}/status").read_text()
+        status = Path(f"/proc/{owner_pid(root)}/status").read_text()
         return int(status.partition("RssAnon:")[2].split()[0]) << 10
 
     assert uri_of(start("serve", LAYER, "--socket", tmp_path / "first"))
@@ -372,7 +305,7 @@ def test_umount_needs_no_owner(tmp_path: Path, root: Root, run: Run, ext4: Path,
     target = tmp_path / "mnt"
     target.mkdir()
     assert run("mount", ext4, target).returncode == 0
-    owner = int((root.holder() or "").rpartition(" ")[2])
+    owner = owner_pid(root)
     os.kill(owner, number)
     started = time.monotonic()
     done = run("umount", target)

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,43 +18,11 @@ import pytest
 from blockdev import client
 from blockdev.errors import AccessDenied, DeviceError
 from blockdev.root import LAYOUT_VERSION, Root
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-WAIT = 20.0  # seconds that anything here may take on a busy machine
+from tests.commands import WAIT, Run, until
 
 
-def until(condition: Callable[[], bool], limit: float = WAIT) -> bool:
-    """Whether the condition became true within the limit."""
-    deadline = time.monotonic() + limit
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Iterator[Root]:
-    """A root whose owner, if a test starts one, is gone afterwards."""
-    root = Root(tmp_path / "root")
-    yield root
-    command = [sys.executable, "-m", "blockdev", "daemon", "--stop", "--force", "--root", str(root.path)]
-    subprocess.run(command, check=True, timeout=WAIT)
-
-
-@pytest.fixture
-def run(ociblk: str, root: Root) -> Run:
-    """run("ps") runs one command on the root and returns what became of it."""
-
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [ociblk, *words, "--root", str(root.path)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-
-    return run
-
-
-def owner_pid(root: Root) -> int:
+def asked_pid(root: Root) -> int:
+    """Of the owner, which is started if there is none."""
     with client.connect(root) as connection:
         return int(connection.call("hello")["pid"])
 
@@ -70,20 +37,20 @@ def status(pid: int, field: str) -> str:
 
 def test_the_first_command_starts_an_owner_and_the_next_finds_it(root: Root) -> None:
     assert client.connect_to_live(root) is None
-    pid = owner_pid(root)
-    assert owner_pid(root) == pid
+    pid = asked_pid(root)
+    assert asked_pid(root) == pid
     assert root.holder() == f"ociblk-owner {pid}"
 
 
 def test_an_owner_stands_on_its_own(root: Root) -> None:
-    pid = owner_pid(root)
+    pid = asked_pid(root)
     assert os.getsid(pid) == pid
     assert Path(f"/proc/{pid}/cwd").readlink() == Path("/")
     assert status(pid, "Umask") == "0077"
 
 
 def test_an_idle_owner_is_small(root: Root) -> None:
-    assert int(status(owner_pid(root), "RssAnon").split()[0]) <= 40 << 10
+    assert int(status(asked_pid(root), "RssAnon").split()[0]) <= 40 << 10
 
 
 def test_clients_that_start_together_share_one_owner(root: Root) -> None:
@@ -106,12 +73,12 @@ def test_clients_that_start_together_share_one_owner(root: Root) -> None:
 
 
 def test_a_second_owner_is_refused_by_name_and_pid(root: Root, run: Run) -> None:
-    pid = owner_pid(root)
+    pid = asked_pid(root)
     second = run("daemon")
     assert second.returncode == 7
     assert second.stderr.count("\n") == 1
     assert f"ociblk-owner {pid}" in second.stderr
-    assert owner_pid(root) == pid
+    assert asked_pid(root) == pid
 
 
 def test_a_root_of_a_newer_version_is_refused(root: Root, run: Run) -> None:
@@ -145,18 +112,18 @@ def test_a_root_with_a_long_path_works(tmp_path: Path) -> None:
     root = Root(tmp_path.joinpath(*["d" * 60] * 4))
     assert len(str(root.socket)) > 200
     try:
-        assert owner_pid(root) == owner_pid(root)
+        assert asked_pid(root) == asked_pid(root)
     finally:
         command = [sys.executable, "-m", "blockdev", "daemon", "--stop", "--root", str(root.path)]
         subprocess.run(command, check=True, timeout=WAIT)
 
 
 def test_after_a_killed_owner_the_next_command_starts_another(root: Root) -> None:
-    pid = owner_pid(root)
+    pid = asked_pid(root)
     os.kill(pid, signal.SIGKILL)
     assert until(lambda: not root.owned())
     assert root.socket.exists()
-    assert owner_pid(root) != pid
+    assert asked_pid(root) != pid
 
 
 def test_an_owner_that_dies_during_a_call_is_an_error_of_one_line(root: Root) -> None:
@@ -181,7 +148,7 @@ def test_stop_without_an_owner_succeeds(run: Run, root: Root) -> None:
 
 
 def test_stop_returns_once_the_owner_has_gone(root: Root, run: Run) -> None:
-    pid = owner_pid(root)
+    pid = asked_pid(root)
     stopped = run("daemon", "--stop")
     assert (stopped.returncode, stopped.stderr) == (0, "")
     assert not root.owned()
@@ -190,7 +157,7 @@ def test_stop_returns_once_the_owner_has_gone(root: Root, run: Run) -> None:
 
 
 def test_a_forced_stop_ends_an_owner_that_does_not_answer(root: Root, run: Run) -> None:
-    os.kill(owner_pid(root), signal.SIGSTOP)
+    os.kill(asked_pid(root), signal.SIGSTOP)
     started = time.monotonic()
     assert run("daemon", "--stop", "--force").returncode == 0
     assert time.monotonic() - started < 10
@@ -201,7 +168,7 @@ def test_a_forced_stop_ends_an_owner_that_does_not_answer(root: Root, run: Run) 
 def test_a_signal_ends_a_foreground_owner_in_order(root: Root, ociblk: str, number: signal.Signals) -> None:
     owner = subprocess.Popen([ociblk, "daemon", "--root", str(root.path)], stderr=subprocess.PIPE, text=True)
     assert until(root.socket.exists)
-    assert owner_pid(root) == owner.pid
+    assert asked_pid(root) == owner.pid
     owner.send_signal(number)
     _, log = owner.communicate(timeout=WAIT)
     assert owner.returncode == 0
@@ -225,14 +192,14 @@ def test_an_owner_waits_for_the_one_that_is_leaving(root: Root) -> None:
     )
     assert until(root.owned)
     with ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(owner_pid, root)
+        starting = pool.submit(asked_pid, root)
         assert not until(starting.done, limit=1.0)
         leaving.communicate(timeout=WAIT)
         assert starting.result(timeout=WAIT) > 0
 
 
 def test_a_caller_that_talks_nonsense_leaves_the_owner_well(root: Root) -> None:
-    pid = owner_pid(root)
+    pid = asked_pid(root)
     for nonsense in (b"GET / HTTP/1.1\r\n\r\n", b'{"v":99,"op":"ps"}\n', b'{"v":1}\n', b'{"v":1,"op":["ps"]}\n', b"{"):
         with socket.socket(socket.AF_UNIX) as caller:
             caller.settimeout(WAIT)
@@ -241,4 +208,4 @@ def test_a_caller_that_talks_nonsense_leaves_the_owner_well(root: Root) -> None:
             caller.shutdown(socket.SHUT_WR)
             answer = caller.makefile("rb").readline()
         assert not answer or "error" in json.loads(answer)
-    assert owner_pid(root) == pid
+    assert asked_pid(root) == pid
