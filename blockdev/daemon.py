@@ -35,6 +35,7 @@ STOP_LIMIT = 9  # seconds (whole) from the request to the end; `daemon --stop` w
 _DRAIN_LIMIT = 5.0  # seconds of STOP_LIMIT that requests in hand get
 _JOIN_LIMIT = 1.0  # seconds for callers' threads to see that we leave
 _SESSIONS_MAX = 256  # more wait in the listener's queue
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _STACK = 512 << 10  # bytes; deepest is a TLS handshake below requests
 
 
@@ -137,9 +138,9 @@ class Daemon:
     def _listen_to_signals(self) -> None:
         self._wake_write.setblocking(False)
         signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _SIGNALS:
             signal.signal(number, lambda _number, _frame: None)
-        if self._linger is not None:
+        if self._linger is not None:  # in a session of its own: nobody's terminal is its business
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def _wake(self) -> None:
@@ -148,7 +149,7 @@ class Daemon:
 
     def _on_wake(self) -> None:
         received = self._wake_read.recv(4096)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _SIGNALS:
             if number in received:
                 log.info("owner stopping signal=%s", number.name)
                 self._stopping = True

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
-from blockdev.errors import BlockdevError, DeviceError, EngineError
+from blockdev.errors import DeviceError, EngineError
 from blockdev.image import OpenImage
 from blockdev.stack import Stack
 from blockdev.transport.nbd import NbdServer
@@ -108,7 +108,7 @@ class Device:
             self.transport = transport
         try:
             transport.attach(self.stack.image)
-        except BlockdevError:
+        except BaseException:
             self.drain(0)
             raise
         with self._lock:

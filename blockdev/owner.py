@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_CLOSE_LIMIT = 1.0  # seconds to close what devices hold, once they have drained
 _JOIN_LIMIT = 2.0  # seconds for fetch threads to come back from a source
 
 
@@ -166,8 +168,9 @@ class Owner:
         ]
         for ender in enders:
             ender.start()
+        deadline = time.monotonic() + timeout + _CLOSE_LIMIT
         for ender in enders:
-            ender.join(timeout + 1)
+            ender.join(max(0.0, deadline - time.monotonic()))
         self._engine.stop()
 
     def close(self) -> None:

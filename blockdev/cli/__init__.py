@@ -51,7 +51,9 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code; errors are printed, never raised."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    signal.signal(signal.SIGTERM, _leave)  # in order: what was half written is removed
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _leave)  # in order: what was half written is removed
     try:
         args = _parse(arguments)
         args.run(args)
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains when it flushes stdout
         return _BROKEN_PIPE
-    except SystemExit as leaving:  # --help, or SIGTERM
+    except SystemExit as leaving:  # --help, or a signal
         return int(leaving.code or 0)
     except Exception as error:  # noqa: BLE001 - here an error becomes an exit code
         return _fail(EngineError(f"unexpected failure: {type(error).__name__}: {error}"))
@@ -117,7 +119,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.root = Path(getattr(args, "root", None) or default_root(os.environ, os.geteuid()))
     args.json = getattr(args, "json", False)
-    args.debug = getattr(args, "debug", False)
+    args.debug = getattr(args, "debug", False) or os.environ.get("OCIBLK_DEBUG") == "1"
     if args.debug:
         os.environ["OCIBLK_DEBUG"] = "1"  # an owner that we start inherits it
     return args

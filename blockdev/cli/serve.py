@@ -66,15 +66,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 class _Signals:
-    """SIGTERM and SIGINT: until arm() they end this process, then the first one is waited for."""
+    """SIGTERM, SIGINT and SIGHUP: until arm() they end this process, then the first one is waited for."""
 
     def __init__(self) -> None:
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
         self._armed = False
         signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._interrupt)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._interrupt)
 
     def _interrupt(self, number: int, _frame: object) -> None:
         if not self._armed:  # still starting, or asked a second time: no reason to be patient

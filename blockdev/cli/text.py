@@ -19,7 +19,7 @@ _PROGRESS_EVERY = 0.2  # seconds
 
 def print_json(result: Mapping[str, Any]) -> None:
     """The result as one line of JSON."""
-    print(json.dumps({"v": VERSION, **result}))
+    print(json.dumps({"v": VERSION, **result}), flush=True)
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

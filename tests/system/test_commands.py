@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -57,7 +58,12 @@ def test_serve_prints_one_uri_that_is_usable_at_once_and_ends_well(tmp_path: Pat
     assert devices(run) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_says_the_uri_as_json_too(tmp_path: Path, start: Start) -> None:
+    serving = start("serve", LAYER, "--socket", tmp_path / "s", "--json")
+    assert json.loads(uri_of(serving)) == {"v": 1, "uri": f"nbd+unix:///?socket={tmp_path}/s"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_client_that_stays_connected_does_not_keep_serve(
     tmp_path: Path, start: Start, number: signal.Signals
 ) -> None:
