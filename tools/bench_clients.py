@@ -49,3 +49,10 @@ def fio_nbd_sequential(served: Served, size: int) -> dict[str, float]:
     """The first `size` bytes in 256 KiB reads, eight at a time, over one NBD connection."""
     arguments = ["--ioengine=nbd", f"--uri={served.address}", "--rw=read", "--bs=256k", "--iodepth=8"]
     return _fio([*arguments, f"--size={size}"], 0)
+
+
+def first_read(served: Served) -> None:
+    """One 4 KiB read by a client that starts and ends with it."""
+    # Debian's own interpreter: python3-libnbd belongs to no other.
+    command = ["/usr/bin/python3", "-m", "nbd", "-u", served.address, "-c", "h.pread(4096, 1 << 20)"]
+    subprocess.run(command, check=True)
