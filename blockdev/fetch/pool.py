@@ -31,7 +31,7 @@ ATTEMPT_TIMEOUT = 30.0  # seconds for one range: a slow link's 4 MiB; what has a
 PROBE_TIMEOUT = 3.0  # seconds; a probe moves a few bytes, and others wait behind it
 PROBE_INTERVAL = 1.0  # seconds between rounds: how late a source's return is noticed
 _IDLE = 60.0  # seconds of one wait for a fetch; Engine.stop() ends it at once
-_AT_ONCE = 0.001  # seconds; 0 would mean not at all
+_SPILLED_DELAY = 0.1  # seconds; only waited if what was spilled could not be kept
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Pool:
         except EngineStopped:
             fetch.finish(errno.ESHUTDOWN)
         except Spilled:
-            fetch.finish(errno.EAGAIN, retry=_AT_ONCE)  # the engine looks what is there now
+            fetch.finish(errno.EAGAIN, retry=_SPILLED_DELAY)  # what is there now counts as done
         except BlockdevError as error:
             self._note_failure(fetch, source.name, error)
             fetch.finish(errno.EIO, retry=self._backoff.failed(source.host, error) if error.retriable else 0.0)
@@ -152,8 +152,8 @@ class Pool:
             if self._stopping:
                 raise EngineStopped("fetch: the engine is stopping")
 
+        # Its last progress() has advanced everything; to do so again would be news of a source that has failed since.
         source.read_into(fetch.offset, fetch.buffer, deadline=time.monotonic() + ATTEMPT_TIMEOUT, progress=progress)
-        fetch.advance(fetch.length)
 
     def _note_failure(self, fetch: Fetch, name: str, error: BlockdevError) -> None:
         """The first failure of a blob is news, the following ones are not."""
