@@ -341,6 +341,19 @@ def test_a_redirect_does_not_leave_tls(authority: Authority) -> None:
     assert "secret" not in str(caught.value)
 
 
+def test_a_redirect_does_not_leave_tls_even_where_plain_http_is_allowed(authority: Authority) -> None:
+    with HttpServer(lambda seen: Answer()) as plain:
+        context = authority.server("127.0.0.1").server_context()
+        with (
+            HttpServer(lambda seen: Answer(307, {"Location": f"{plain.url}/x"}), context) as safe,
+            HttpServer(lambda seen: Answer(307, {"Location": f"{safe.url}/x"})) as server,
+        ):
+            client = Client(server.host, NOBODY, ca=authority.root.pem, plain_http=True)
+            with pytest.raises(SourceError, match="not safe to use"):
+                read(client, 0, 10)
+        assert not plain.seen
+
+
 def test_redirects_that_never_end_are_an_error() -> None:
     with HttpServer(lambda seen: Answer(307, {"Location": "/again"})) as server:
         with pytest.raises(SourceError, match="redirects more than 5 times"):

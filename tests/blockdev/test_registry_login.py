@@ -188,7 +188,8 @@ def test_a_token_service_that_is_down_does_not_cost_a_good_token(
 
         with pytest.raises(SourceError, match="503"):
             read_on()
-        assert time.monotonic() >= begin + tokens.life, "a good token was not used to its end"
+        ended = time.monotonic() - begin
+        assert tokens.life <= ended < tokens.life + 2, "a token is used to its end, and no longer"
         tokens.well = True
         assert read(client, 0, 10) == CONTENT[:10]
     assert [record for record in caplog.records if "renewing a token failed" in record.message]
