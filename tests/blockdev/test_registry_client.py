@@ -18,7 +18,8 @@ from blockdev.registry.client import Client, Part
 from blockdev.registry.exchange import Timeouts
 from formats import oci
 from tests.authority import Authority
-from tests.fakes.http_server import Answer, HttpServer, Seen, ranged
+from tests.fakes.http_server import Answer, HttpServer
+from tests.fakes.object_store import ObjectStore
 from tests.registries import Registry
 from tests.small_image import CONTENT, DIGEST, NOBODY, SECRET, assert_one_sentence, provider, push, read
 
@@ -298,25 +299,16 @@ def test_plain_http_is_for_loopback_or_on_demand(host: str, plain: bool, want: s
 # ---- redirects ---------------------------------------------------------------------------------------------
 
 
-class Store:
-    """The object store that a registry redirects blobs to: docker-registry's own files."""
-
-    def __init__(self) -> None:
-        self.folder = Path()
-        self.server = HttpServer(self._answer)
-
-    def _answer(self, seen: Seen) -> Answer:
-        return ranged(seen, (self.folder / seen.path.lstrip("/")).read_bytes())
-
-
 @pytest.fixture
-def store() -> Iterator[Store]:
-    store = Store()
+def store() -> Iterator[ObjectStore]:
+    store = ObjectStore()
     yield store
     store.server.close()
 
 
-def test_a_redirect_is_followed_without_authorization(registries: Registries, store: Store, tmp_path: Path) -> None:
+def test_a_redirect_is_followed_without_authorization(
+    registries: Registries, store: ObjectStore, tmp_path: Path
+) -> None:
     registry = registries(users={"ann": SECRET}, redirect_to=store.server.url)
     store.folder = registry.storage
     client = Client(registry.host, provider(tmp_path, registry.host))

@@ -19,6 +19,7 @@ from blockdev.root import Root
 from tests import requires
 from tests.authority import Authority
 from tests.commands import Run, Start, devices, ended, owner_pid, until, uri_of
+from tests.fakes.object_store import ObjectStore
 from tests.fakes.token_server import TokenServer
 from tests.registries import Registry
 
@@ -312,6 +313,23 @@ def test_logins_work_and_wrong_ones_are_denied(
     finally:
         if tokens:
             tokens.close()
+
+
+def test_blobs_behind_a_redirect_are_read_without_authorization(
+    tmp_path: Path, run: Run, registries: Registries, pusher: Callable[..., str], disk: Path
+) -> None:
+    store = ObjectStore()
+    try:
+        registry = registries(users={"ann": SECRET}, redirect_to=store.server.url)
+        store.folder = registry.storage
+        login = auth_file(tmp_path, registry.host, SECRET)
+        reference = pusher(registry, REGISTRY_AUTH_FILE=login)
+        assert run("export", reference, "-o", tmp_path / "raw", REGISTRY_AUTH_FILE=login).returncode == 0
+        assert (tmp_path / "raw").read_bytes() == disk.read_bytes()
+        assert [seen for seen in store.server.seen if seen.range]
+        assert not [seen for seen in store.server.seen if "authorization" in seen.headers]
+    finally:
+        store.server.close()
 
 
 @pytest.mark.parametrize(
