@@ -258,6 +258,21 @@ def test_a_mount_that_fails_leaves_nothing(
     assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
 
 
+def test_without_fuse_a_mount_is_refused_in_one_line(tmp_path: Path, ociblk: str, root: Root, ext4: Path) -> None:
+    requires.requires_mount()
+    mnt = tmp_path / "mnt"
+    mnt.mkdir()
+    # A mount namespace whose /dev has what every program needs, and no fuse.
+    empty_dev = "mount -t tmpfs tmpfs /dev && mknod -m 666 /dev/null c 1 3 && exec \"$@\""
+    command = [ociblk, "mount", str(ext4), str(mnt), "--root", str(root.path)]
+    failed = subprocess.run(
+        ["unshare", "-m", "sh", "-c", empty_dev, "-", *command], capture_output=True, text=True, check=False, timeout=WAIT
+    )
+    assert (failed.returncode, failed.stderr.count("\n"), failed.stdout) == (7, 1, "")
+    assert "/dev/fuse" in failed.stderr
+    assert list(root.mounts.iterdir()) == []
+
+
 def test_mount_raw_shows_the_disk_as_a_file(tmp_path: Path, run: Run) -> None:
     requires.requires_mount()
     disk = tmp_path / "disk"
