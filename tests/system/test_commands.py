@@ -266,7 +266,11 @@ def test_without_fuse_a_mount_is_refused_in_one_line(tmp_path: Path, ociblk: str
     empty_dev = "mount -t tmpfs tmpfs /dev && mknod -m 666 /dev/null c 1 3 && exec \"$@\""
     command = [ociblk, "mount", str(ext4), str(mnt), "--root", str(root.path)]
     failed = subprocess.run(
-        ["unshare", "-m", "sh", "-c", empty_dev, "-", *command], capture_output=True, text=True, check=False, timeout=WAIT
+        ["unshare", "-m", "sh", "-c", empty_dev, "-", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=WAIT,
     )
     assert (failed.returncode, failed.stderr.count("\n"), failed.stdout) == (7, 1, "")
     assert "/dev/fuse" in failed.stderr
