@@ -21,7 +21,6 @@ import os
 import re
 import socket
 import stat
-import struct
 import subprocess
 import threading
 import time
@@ -31,6 +30,7 @@ from pathlib import Path
 from blockdev import syscalls
 from blockdev.errors import DeviceError, NotFound, UsageError
 from blockdev.syscalls import MountEntry
+from formats import superblock
 
 log = logging.getLogger(__name__)
 
@@ -105,35 +105,21 @@ def parse_options(text: str) -> MountOptions:
 # ---- file systems ----
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """A file system we can mount: where its magic is, and what a read-only mount of it needs."""
-
-    name: str
-    offset: int
-    magic: bytes
-    options: tuple[str, ...] = ()
+# What a read-only mount of an image needs, by the kernel's name of the file system.
+_OPTIONS = {"ext4": ("noload",), "erofs": (), "xfs": ("norecovery", "nouuid"), "squashfs": ()}
 
 
-_KINDS = (
-    _Kind("ext4", 1080, struct.pack("<H", 0xEF53), ("noload",)),  # ext2 and ext3 too
-    _Kind("erofs", 1024, struct.pack("<I", 0xE0F5E1E2)),
-    _Kind("xfs", 0, b"XFSB", ("norecovery", "nouuid")),
-    _Kind("squashfs", 0, b"hsqs"),
-)
-_SUPERBLOCKS = 2048  # bytes from the start of a disk that hold all of these
-
-
-def _detect(file: Path) -> _Kind:
+def _detect(file: Path) -> str:
+    """The kernel's name of the file system in an image."""
     try:
         with file.open("rb", buffering=0) as disk:
-            head = disk.read(_SUPERBLOCKS)
+            head = disk.read(superblock.HEAD_SIZE)
     except OSError as error:
         raise DeviceError(f"mount failed: {file}: cannot be read: {error.strerror}") from error
-    for kind in _KINDS:
-        if head[kind.offset : kind.offset + len(kind.magic)] == kind.magic:
-            return kind
-    found = "a partition table" if head[510:512] == b"\x55\xaa" else "none of " + ", ".join(k.name for k in _KINDS)
+    kind = superblock.file_system(head)
+    if kind in _OPTIONS:
+        return kind
+    found = "a partition table" if head[510:512] == b"\x55\xaa" else "none of " + ", ".join(_OPTIONS)
     raise DeviceError(f"mount failed: {file}: no file system that can be mounted: the image holds {found}")
 
 
@@ -240,23 +226,23 @@ def mount_filesystem(file: Path, directory: Path, options: MountOptions) -> Moun
     if place != stat.S_IFDIR:
         raise DeviceError(f"mount failed: {directory}: not a directory")
     kind = _detect(file)
-    data = ",".join((*kind.options, *options.rest))
-    if kind.name == "erofs" and erofs_from_file(os.uname().release):
+    data = ",".join((*_OPTIONS[kind], *options.rest))
+    if kind == "erofs" and erofs_from_file(os.uname().release):
         try:
-            syscalls.mount(file, directory, kind.name, flags=options.flags, options=data)
-            return Mounted(file, directory, kind.name)
+            syscalls.mount(file, directory, kind, flags=options.flags, options=data)
+            return Mounted(file, directory, kind)
         except OSError as error:
             if error.errno != errno.ENOTBLK:
-                raise DeviceError(f"mount failed: {directory}: {kind.name}: {error.strerror}") from error
+                raise DeviceError(f"mount failed: {directory}: {kind}: {error.strerror}") from error
             log.info("mounting through a loop device file=%s reason=this kernel mounts EROFS from no file", file)
     try:
         with syscalls.attach_loop(file) as loop:
-            syscalls.mount(loop.path, directory, kind.name, flags=options.flags, options=data)
+            syscalls.mount(loop.path, directory, kind, flags=options.flags, options=data)
             if not loop.direct:
                 log.warning("loop device without direct I/O, pages are cached twice device=%s", loop.path)
-            return Mounted(file, directory, kind.name, loop.path)
+            return Mounted(file, directory, kind, loop.path)
     except OSError as error:
-        raise DeviceError(f"mount failed: {directory}: {kind.name}: {error.filename}: {error.strerror}") from error
+        raise DeviceError(f"mount failed: {directory}: {kind}: {error.filename}: {error.strerror}") from error
 
 
 def erofs_from_file(release: str) -> bool:
