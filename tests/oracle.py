@@ -148,7 +148,10 @@ def plain(blob: ReadAt) -> tuple[ReadAt, bool]:
 def open_layer(blob: ReadAt) -> Layer:
     """A layer by its content: LSMT in any wrapping, or a ZFile whose content is the disk itself."""
     file, compressed = plain(blob)
-    if compressed and not lsmt.is_lsmt(file.read_at(0, min(file.size, lsmt.HEAD_SIZE))):
+    head = min(file.size, lsmt.HEAD_SIZE)
+    if compressed and not lsmt.is_lsmt(file.read_at(0, head)):
+        if lsmt.is_lsmt(file.read_at(file.size - head, head)):
+            raise FormatError("LSMT at its end but not at its start", 0)
         padded = _Padded(file)
         return Layer(file.size, [Segment(0, padded.size // SECTOR, 0, False, 0)], padded)
     sealed = lsmt.open_sealed(file)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from blockdev.engine import Engine
 from blockdev.errors import CorruptImage
 from blockdev.image import OpenImage
-from formats import zfile
+from formats import lsmt, zfile
 from formats.errors import FormatError
 from formats.readat import BytesAt
 from tests import oracle, stacks
@@ -118,3 +118,10 @@ def test_a_zfile_of_anything_else_is_the_disk(engine: Engine, plain: bytes, code
         assert image.size == len(plain)
         assert image.read_at(0, len(plain)) == plain
         assert image.layers[0].flat
+
+
+def test_a_zfile_with_lsmt_at_its_end_only_is_refused_by_both(engine: Engine) -> None:
+    trailer = lsmt.Head(flags=lsmt.SEALED_TRAILER, virtual_size=4096).build()
+    blob = zfile.build(bytes(lsmt.HEAD_SIZE) + trailer, zfile.Options())
+    assert _engine_content(engine, blob) is None
+    assert _oracle_content(blob) is None
