@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests import leaks, requires
 from tests.machine import machine
@@ -37,6 +38,11 @@ _first_seen = pytest.StashKey[dict[str, str]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="the large counts; same as OCIBLK_FULL=1")
+
+
+# The same examples in each usual run; new ones in a full run.
+settings.register_profile("ociblk", derandomize=not requires.FULL)
+settings.load_profile("ociblk")
 
 
 def pytest_configure(config: pytest.Config) -> None:
