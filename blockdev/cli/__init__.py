@@ -108,6 +108,8 @@ def _fail(error: BlockdevError) -> int:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     common = _common_options()
     parser = _Parser(prog="ociblk", description="Container images as block devices.", parents=[common])
+    if arguments[:1] == ["--version"]:  # what people try first
+        arguments = ["version", *arguments[1:]]
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
     for name, (module_name, summary) in _COMMANDS.items():
         text = f"{summary[0].upper()}{summary[1:]}."
@@ -149,4 +151,4 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 def add_registry_options(parser: argparse.ArgumentParser) -> None:
     """How to reach a registry."""
     parser.add_argument("--plain-http", action="store_true", help="speak HTTP to the registry")
-    parser.add_argument("--ca", metavar="FILE", help="trust the certificates in FILE and no others")
+    parser.add_argument("--ca", metavar="FILE", help="trust the certificates in FILE too")

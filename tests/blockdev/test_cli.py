@@ -121,6 +121,10 @@ def test_common_options_stand_before_or_after_the_command(words: tuple[str, ...]
     assert json.loads(run(*words).stdout)["v"] == 1
 
 
+def test_the_version_is_said_either_way() -> None:
+    assert run("version").stdout == run("--version").stdout != b""
+
+
 def test_inspect_describes_a_layer() -> None:
     found = json.loads(run("inspect", LAYER, "--json").stdout)
     assert (found["v"], found["size"], found["layers"][0]["zfile"]["codec"]) == (1, 16 << 20, "lz4")
