@@ -54,8 +54,8 @@ void readahead_reached(struct ob_blob *blob, uint64_t first, uint64_t last)
 		return;
 	}
 	stream->used = ++blob->stream_clock;
-	if (last + 1 < stream->next && !marked)
-		return; /* still inside the last window, and not at its mark */
+	if (last < stream->next && !marked)
+		return; /* inside what was asked for, and not at its mark: the same extent missed twice is no stream */
 	window = stream->window ? stream->window * 2 : WINDOW_FIRST;
 	window = window < most ? window : most;
 	start = last + 1 > stream->next ? last + 1 : stream->next;

@@ -236,6 +236,36 @@ static void test_random_reader_gets_no_more_than_it_asked(void)
 	bench_close(&bench);
 }
 
+static void *first_byte_run(void *argument)
+{
+	struct bench *bench = argument;
+
+	check_read(bench->blob, 0, 1);
+	return NULL;
+}
+
+static void test_an_extent_missed_by_two_readers_is_no_stream(void)
+{
+	struct bench bench;
+	ob_blob_stat stat = { 0 };
+	pthread_t threads[2];
+
+	bench_open(&bench, 64 * EXTENT, 64);
+	atomic_store(&bench.source.hold, 1);
+	for (int i = 0; i < 2; i++)
+		pthread_create(&threads[i], NULL, first_byte_run, &bench);
+	while (stat.misses < 2) {
+		usleep(1000);
+		ob_blob_get_stat(bench.blob, &stat);
+	}
+	atomic_store(&bench.source.hold, 0);
+	for (int i = 0; i < 2; i++)
+		pthread_join(threads[i], NULL);
+	ob_blob_get_stat(bench.blob, &stat);
+	CHECK(stat.fetches == 1 && stat.fetched_bytes == EXTENT);
+	bench_close(&bench);
+}
+
 static void test_rot_on_disk_is_found_and_fetched_again(void)
 {
 	struct bench bench;
@@ -385,6 +415,7 @@ int main(void)
 	test_single_flight();
 	test_sequential_reader_gets_large_fetches();
 	test_random_reader_gets_no_more_than_it_asked();
+	test_an_extent_missed_by_two_readers_is_no_stream();
 	test_rot_on_disk_is_found_and_fetched_again();
 	test_rejected_content_is_fetched_once_more();
 	test_eio_policy_runs_from_first_failure_then_fails_at_once();
