@@ -49,14 +49,19 @@ class CorruptImage(BlockdevError):
 
 
 class SourceError(BlockdevError):
-    """A registry or peer did not deliver. It may say after how many seconds to ask again."""
+    """A registry or peer did not deliver.
+
+    `retry_after`: seconds until it wants to be asked again, if it said so. `host`: which one it
+    was, where that need not be the one the image comes from.
+    """
 
     exit_code = 6
     retriable = True
 
-    def __init__(self, text: str, *, retry_after: float | None = None) -> None:
+    def __init__(self, text: str, *, retry_after: float | None = None, host: str = "") -> None:
         super().__init__(text)
         self.retry_after = retry_after
+        self.host = host
 
 
 class DeviceError(BlockdevError):

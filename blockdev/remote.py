@@ -66,7 +66,13 @@ class Remotes:
             shared = self._clients.get(key)
             if shared is None:
                 provider = Provider.from_json(json.loads(access.credentials))
-                client = Client(registry, provider, ca=access.ca or None, plain_http=access.plain_http)
+                client = Client(
+                    registry,
+                    provider,
+                    ca=access.ca or None,
+                    plain_http=access.plain_http,
+                    backoff=self._supply.backoff,
+                )
                 shared = self._clients[key] = _Shared(client)
             shared.users += 1
         undo.callback(self._leave, key, shared)

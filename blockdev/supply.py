@@ -22,6 +22,7 @@ from blockdev.engine import Blob, Engine, EngineStopped
 from blockdev.errors import BlockdevError
 from blockdev.fetch.pool import Pool
 from blockdev.layer import NamedBlob
+from blockdev.registry.backoff import Backoff
 from blockdev.source import Source
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,9 @@ class Supply:
     """The lazily filled blobs of one engine and one cache."""
 
     def __init__(self, engine: Engine, cache: Cache) -> None:
+        self.backoff = Backoff()  # of every host that this owner talks to
         self._cache = cache
-        self._pool = Pool(engine)
+        self._pool = Pool(engine, backoff=self.backoff)
         self._started = False
         self._sources: defaultdict[int, list[Source]] = defaultdict(list)  # by blob id, the one in use last
         self._digests: dict[int, str] = {}

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 from blockdev.engine import Blob, Engine, EngineStopped, Fetch, Priority
 from blockdev.errors import BlockdevError
+from blockdev.registry.backoff import Backoff, LeftAlone
 from blockdev.source import Source, Spilled
-from blockdev.source.retrying import Backoff
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,10 @@ class Pool:
             fetch.finish(errno.EIO)
             return
         source = supply.source
-        wait = self._backoff.admit(source.host)
+        if self._backoff.waiting(source.name):  # refused a moment ago, as this would be
+            fetch.finish(errno.EIO)
+            return
+        wait = self._backoff.waiting(source.host)
         if wait:
             fetch.finish(errno.EAGAIN, retry=wait)
             return
@@ -134,9 +137,12 @@ class Pool:
             fetch.finish(errno.ESHUTDOWN)
         except Spilled:
             fetch.finish(errno.EAGAIN, retry=_SPILLED_DELAY)  # what is there now counts as done
+        except LeftAlone as error:
+            self._note_failure(fetch, source.name, error)
+            fetch.finish(errno.EAGAIN, retry=error.seconds)
         except BlockdevError as error:
             self._note_failure(fetch, source.name, error)
-            fetch.finish(errno.EIO, retry=self._backoff.failed(source.host, error) if error.retriable else 0.0)
+            fetch.finish(errno.EIO, retry=self._pause(source, error))
         except Exception as error:  # noqa: BLE001 - a fetch that is not given back hangs its readers
             _log_defect("fetch", source.name, error)
             fetch.finish(errno.EIO)
@@ -145,6 +151,13 @@ class Pool:
             if self._failing.pop(fetch.blob_id, None) is not None:
                 log.info("source delivers again source=%s", source.name)
             fetch.finish()
+
+    def _pause(self, source: Source, error: BlockdevError) -> float:
+        """Seconds until a failed fetch is tried again, 0 if never."""
+        if error.retriable:
+            return self._backoff.failed(source.host, error)
+        self._backoff.refused(source.name)
+        return 0.0
 
     def _read(self, fetch: Fetch, source: Source) -> None:
         def progress(filled: int) -> None:
@@ -187,10 +200,14 @@ class Pool:
                     return
 
     def _is_well(self, source: Source) -> bool:
+        if self._backoff.waiting(source.name) or self._backoff.waiting(source.host):
+            return False
         try:
             source.probe(time.monotonic() + PROBE_TIMEOUT)
         except BlockdevError as error:
             log.debug("probe failed source=%s: %s", source.name, error)
+            if not isinstance(error, LeftAlone):
+                self._pause(source, error)
             return False
         except Exception as error:  # noqa: BLE001 - without its prober no source would ever come back
             _log_defect("probe", source.name, error)

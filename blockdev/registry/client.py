@@ -20,6 +20,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from blockdev.errors import CorruptImage, SourceError
 from blockdev.registry.auth import Authorizer, Rejection, Scope
+from blockdev.registry.backoff import Backoff
 from blockdev.registry.credentials import Provider
 from blockdev.registry.exchange import Exchange, Reply, Request, Task, Timeouts, origin
 from formats import oci
@@ -74,7 +75,7 @@ class Body:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.reply.close()
+        self.reply.__exit__(kind, error, trace)
 
 
 class Client:
@@ -88,11 +89,18 @@ class Client:
         ca: str | None = None,
         plain_http: bool = False,
         timeouts: Timeouts | None = None,
+        backoff: Backoff | None = None,
     ) -> None:
-        """`registry` is a reference's host[:port]; `ca` and `plain_http` as in blockdev/registry/exchange.py."""
+        """`registry` is a reference's host[:port]; `ca` and `plain_http` as in blockdev/registry/exchange.py.
+
+        `backoff` is shared with whoever else talks to the same hosts.
+        """
         self.registry = registry
-        self._exchange = Exchange(ca=ca, plain_http=plain_http, timeouts=timeouts or Timeouts())
-        self._base = self._exchange.base(_HOSTS.get(registry, registry))
+        self.host = _HOSTS.get(registry, registry)
+        self._exchange = Exchange(
+            ca=ca, plain_http=plain_http, timeouts=timeouts or Timeouts(), backoff=backoff or Backoff()
+        )
+        self._base = self._exchange.base(self.host)
         self._authorizer = Authorizer(self._exchange, registry, provider)
         self._lock = threading.Lock()
         self._targets: dict[tuple[str, str], tuple[str, float]] = {}  # blob → where it was redirected to, until when

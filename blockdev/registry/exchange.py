@@ -2,8 +2,9 @@
 """One HTTP request and its reply: TLS rules, time limits, and what an answer means.
 
 The only place that knows `requests`, and the one translation from HTTP to our errors. Redirects,
-logins and retries are the callers' matter: send() does exactly what it is told, once. TLS is
-always verified. No message holds a URL's query, which may be a signature.
+logins and retries are the callers' matter: send() does exactly what it is told, once, or not at
+all while the host has told us to wait. TLS is always verified. No message holds a URL's query,
+which may be a signature, nor what the server says about our login.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import socket
 import ssl
 import time
@@ -28,20 +30,23 @@ import urllib3
 from requests.adapters import HTTPAdapter
 
 from blockdev.errors import AccessDenied, BlockdevError, NotFound, SourceError, UsageError
+from blockdev.registry.backoff import Backoff, LeftAlone
 
 CONNECT_SECONDS = 5.0  # a wrong address is told to a waiting user within this
 STALL_SECONDS = 10.0  # longest silence of a server that has work to do; three fit into eio:30s
 CONNECTIONS_MAX = 32  # kept open per host: every fetch thread's, and a few commands'
 PIECE_SIZE = 64 << 10  # most that one read takes from the socket: the cache's extent
 ERROR_TEXT_SIZE = 8 << 10  # of an error's JSON; registries write a few hundred bytes
-BUSY_SECONDS = 1.0  # what a 429 without Retry-After asks for
+SLOWEST_RATE = 1 << 10  # bytes a second; a body that is slower over a stall time counts as stalled
+BUSY_SECONDS = 1.0  # what a 429 or 503 without Retry-After asks for
 USER_AGENT = "ociblk"
 
 _DENIED = (401, 403)
 _NOT_FOUND = 404
-_BUSY = 429
+_BUSY = (429, 503)
 _SERVER_ERRORS = 500
 _BAD_REQUEST = 400
+_QUERY = re.compile(r"\?\S+")
 _log = logging.getLogger(__name__)
 
 
@@ -77,14 +82,26 @@ class Request:
 
 
 class Reply:
-    """What came back. Its body is read piece by piece, or not at all; close() is cheap either way."""
+    """What came back. Its body is read piece by piece, or not at all; close() is cheap either way.
 
-    def __init__(self, response: requests.Response, request: Request, task: Task) -> None:
+    A with block that ends well says that the host has delivered what was wanted.
+    """
+
+    def __init__(
+        self, response: requests.Response, request: Request, task: Task, backoff: Backoff, stall: float
+    ) -> None:
+        """stall: seconds within which SLOWEST_RATE has to be kept up."""
         self.status = response.status_code
         self.url = request.url
         self._response = response
+        self._request = request
         self._task = task
         self._place = _place(task, request.url)
+        self._host = urlsplit(request.url).netloc
+        self._backoff = backoff
+        self._stall = stall
+        self._since = time.monotonic()  # of the stall time that runs
+        self._received = 0  # bytes in it
         if request.method == "HEAD" or self.header("Content-Length") == "0":
             response.raw.read()  # nothing comes, but only now is the connection free for others
 
@@ -94,7 +111,17 @@ class Reply:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None:
+            self._backoff.succeeded(self._host)
         self.close()
+
+    @property
+    def told_to_wait(self) -> float | None:
+        """Seconds that the server wants to be left alone for; None if it does not say that."""
+        if self.status not in _BUSY and self.status < _SERVER_ERRORS:
+            return None
+        told = _retry_after(self.header("Retry-After"))
+        return BUSY_SECONDS if told is None and self.status in _BUSY else told
 
     def header(self, name: str) -> str:
         """A header's value; "" if there is none."""
@@ -113,14 +140,27 @@ class Reply:
 
         SourceError if the body ends early, stalls, or the task's deadline has passed.
         """
-        if time.monotonic() > self._task.deadline:
-            raise SourceError(f"{self._place}the answer is too slow")
+        now = time.monotonic()
+        if now > self._task.deadline or self._too_slow(now):
+            raise self._failure("the answer is too slow")
         try:
             piece = self._response.raw.read1(min(len(into), PIECE_SIZE), decode_content=False)
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise SourceError(f"{self._place}{_reason(error)}") from None
+            raise self._failure(_reason(error)) from None
         into[: len(piece)] = piece
+        self._received += len(piece)
         return len(piece)
+
+    def _too_slow(self, now: float) -> bool:
+        """Whether a stall time has passed with next to nothing in it. The next one begins then."""
+        if now - self._since < self._stall:
+            return False
+        slow = self._received < SLOWEST_RATE * self._stall
+        self._since, self._received = now, 0
+        return slow
+
+    def _failure(self, why: str, retry_after: float | None = None) -> SourceError:
+        return SourceError(f"{self._place}{why}", retry_after=retry_after, host=self._host)
 
     def read_all(self, limit: int) -> bytes:
         """The whole body; SourceError if it is larger than limit."""
@@ -141,17 +181,14 @@ class Reply:
                 self.close()
 
     def _error(self) -> BlockdevError:
-        text = f"{self._place}answered {self.status}{self._said()}"
+        why = f"answered {self.status}{self._said()}"
         if self.status in _DENIED:
-            return AccessDenied(text)
+            return AccessDenied(f"{self._place}{why}")
         if self.status == _NOT_FOUND:
-            return NotFound(text)
-        if self.status == _BUSY or self.status >= _SERVER_ERRORS:
-            told = _retry_after(self.header("Retry-After"))
-            return SourceError(text, retry_after=BUSY_SECONDS if told is None and self.status == _BUSY else told)
+            return NotFound(f"{self._place}{why}")
         if self.status == _BAD_REQUEST and self.url.startswith("http:"):
-            return SourceError(f"{text}; if it speaks TLS, say so with --ca FILE")
-        return SourceError(text)
+            why += "; if it speaks TLS, say so with --ca FILE"
+        return self._failure(why, self.told_to_wait)
 
     def _said(self) -> str:
         """The registry's own words, if it sent them in the standard form. Other bodies are not
@@ -160,8 +197,11 @@ class Reply:
             return ""
         try:
             first = json.loads(self.read_all(ERROR_TEXT_SIZE))["errors"][0]
-            words = f"{first['code']} {first.get('message', '')}"
+            words = _QUERY.sub("?", f"{first['code']} {first.get('message', '')}")
         except (SourceError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return ""
+        login = self._request.headers.get("Authorization", "").partition(" ")[2]
+        if login and login in words:
             return ""
         return f" ({''.join(c if c.isprintable() else ' ' for c in words[:200]).strip()})"
 
@@ -189,7 +229,8 @@ class Exchange:
     `plain_http`, or to loopback when no `ca` is given; nothing else ever falls back to it.
     """
 
-    def __init__(self, *, ca: str | None, plain_http: bool, timeouts: Timeouts) -> None:
+    def __init__(self, *, ca: str | None, plain_http: bool, timeouts: Timeouts, backoff: Backoff) -> None:
+        self.backoff = backoff
         self._ca = ca
         self._plain_http = plain_http
         self._timeouts = timeouts
@@ -217,10 +258,18 @@ class Exchange:
             raise SourceError(f"{task.failed}: {origin(came_from)} points to {origin(url)}, which is not safe to use")
 
     def send(self, task: Task, request: Request) -> Reply:
-        """One request, one reply of whatever status. SourceError if there is no reply."""
+        """One request, one reply of whatever status. SourceError if there is no reply.
+
+        LeftAlone without a request while the host wants none.
+        """
+        host = urlsplit(request.url).netloc
         left = task.deadline - time.monotonic()
         if left <= 0:
             raise SourceError(f"{_place(task, request.url)}no time left")
+        wait = self.backoff.admit(host)
+        if wait:
+            why = f"{_place(task, request.url)}it told us to wait, {wait:.1f} s more"
+            raise LeftAlone(why, seconds=wait)
         stall = request.patience or self._timeouts.stall
         headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity", **request.headers}
         try:
@@ -230,9 +279,15 @@ class Exchange:
             limits = (min(self._timeouts.connect, left), min(stall, left))
             response = self._adapter.send(prepared, timeout=limits, **settings)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            raise SourceError(f"{_place(task, request.url)}{_reason(error)}") from None
+            raise SourceError(f"{_place(task, request.url)}{_reason(error)}", host=host) from None
         _log.debug("%s %s: %d", request.method, without_query(request.url), response.status_code)
-        return Reply(response, request, task)
+        reply = Reply(response, request, task, self.backoff, stall)
+        told = reply.told_to_wait
+        if told is None:
+            self.backoff.answered(host)
+        else:
+            self.backoff.told(host, told)
+        return reply
 
     def _may_be_plain(self, url: str) -> bool:
         return self._plain_http or (self._ca is None and is_loopback(urlsplit(url).hostname or ""))

@@ -21,7 +21,7 @@ class Source(Protocol):
 
     @property
     def host(self) -> str:
-        """Whose failures are this source's failures too (blockdev/source/retrying.py, Backoff)."""
+        """Whose failures are this source's failures too (blockdev/registry/backoff.py)."""
         ...
 
     @property

@@ -6,6 +6,10 @@ the reader whose request it answers gets its bytes from it, all of it goes to `s
 readers wait. One of these whose range has passed by ends with Spilled, since the bytes are where
 the spill put them. So that no two readers start a whole body, the first request of a blob is
 alone until its status is known.
+
+Where the spill keeps nothing (a full disk), each miss would need another whole body. The pause
+before the next one doubles: WHOLE_PAUSE, twice that, ..., WHOLE_PAUSE_MAX. So in a time t no blob is
+downloaded more often than 2 + log2(t / WHOLE_PAUSE) times, and from then on once in WHOLE_PAUSE_MAX.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from blockdev.errors import BlockdevError, SourceError
+from blockdev.registry.backoff import LeftAlone
 from blockdev.registry.client import Body, Client, Part
 from blockdev.source import PROGRESS_SIZE, Spilled
 
@@ -26,7 +31,8 @@ SPILL_SIZE = 4 * PROGRESS_SIZE  # bytes of one spill(), from a multiple of it: w
 WHOLE_BODY_RATE = 64 << 10  # bytes a second
 WHOLE_BODY_SECONDS = 60.0
 
-
+WHOLE_PAUSE = 1.0  # seconds
+WHOLE_PAUSE_MAX = 300.0
 # A reader may have decided to ask before the spill had its bytes, and come only after the stream's
 # end. Sent on, it would start another whole body. Longer than a thread is ever kept from running.
 SPILL_MEMORY = 1.0  # seconds
@@ -54,7 +60,7 @@ class RegistryBlob:
     ) -> None:
         self.size = size
         self.name = f"{client.registry}/{repository}@{digest}"
-        self.host = client.registry
+        self.host = client.host
         self._client = client
         self._repository = repository
         self._digest = digest
@@ -63,6 +69,8 @@ class RegistryBlob:
         self._turn = threading.Condition()
         self._ranges = False  # the last answer was a range: requests need not be alone
         self._lone = _Lone(over=True)  # the last one
+        self._wholes = 0  # whole bodies read to their end
+        self._next_whole = 0.0  # monotonic: no other whole body before
 
     def close(self) -> None:
         """Let a whole body that is under way end now; its readers fail."""
@@ -88,6 +96,7 @@ class RegistryBlob:
             with self._client.open_part(part, deadline) as body:
                 self._check(body)
                 if body.whole and not lone:
+                    self._ranges = False
                     lone = self._await_turn(part, deadline, lone=True)
                 if body.whole and lone:
                     self._read_stream(body, lone, part, buffer, progress)
@@ -133,8 +142,15 @@ class RegistryBlob:
                     break
             if not lone and self._ranges:
                 return None
+            self._check_pause()
             self._lone = _Lone()
             return self._lone
+
+    def _check_pause(self) -> None:
+        wait = self._next_whole - time.monotonic()
+        if wait > 0 and not self._ranges:
+            why = "the registry ignores ranges, and the cache did not keep the whole blob"
+            raise LeftAlone(f"reading a blob failed: {self.name}: {why}: asked again in {wait:.0f} s", seconds=wait)
 
     def _wait(self, other: _Lone, part: Part, deadline: float) -> bool:
         """Until the request is over or has spilled the part; whether there was anything to wait for."""
@@ -166,7 +182,6 @@ class RegistryBlob:
     ) -> None:
         """Spill the whole blob, and fill the buffer as its bytes come by."""
         body.reply.extend(time.monotonic() + WHOLE_BODY_SECONDS + self.size / WHOLE_BODY_RATE)
-        self._ranges = False
         piece = memoryview(bytearray(min(SPILL_SIZE, self.size)))
         told = 0
         for start in range(0, self.size, SPILL_SIZE):
@@ -182,6 +197,8 @@ class RegistryBlob:
             with self._turn:
                 lone.spilled = start + len(whole)
                 self._turn.notify_all()
+        self._next_whole = time.monotonic() + min(WHOLE_PAUSE * 2**self._wholes, WHOLE_PAUSE_MAX)
+        self._wholes = min(self._wholes + 1, 30)
 
     def _read(self, body: Body, into: memoryview) -> int:
         if self._closed:

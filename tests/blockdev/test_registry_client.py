@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 import email.utils
 import io
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,11 +15,12 @@ from pathlib import Path
 import pytest
 
 from blockdev.errors import AccessDenied, BlockdevError, CorruptImage, NotFound, SourceError, UsageError
+from blockdev.registry.backoff import Backoff, LeftAlone
 from blockdev.registry.client import Client, Part
 from blockdev.registry.exchange import Timeouts
 from formats import oci
 from tests.authority import Authority
-from tests.fakes.http_server import Answer, HttpServer
+from tests.fakes.http_server import Answer, HttpServer, Seen
 from tests.fakes.object_store import ObjectStore
 from tests.registries import Registry
 from tests.small_image import CONTENT, DIGEST, NOBODY, SECRET, assert_one_sentence, provider, push, read
@@ -161,7 +163,7 @@ def test_a_registry_that_comes_back_is_used_again(registry: Registry) -> None:
     ("status", "kind", "seconds"),
     [
         (429, SourceError, 1.0),
-        (503, SourceError, None),
+        (503, SourceError, 1.0),
         (500, SourceError, None),
         (403, AccessDenied, None),
         (404, NotFound, None),
@@ -173,7 +175,44 @@ def test_a_status_becomes_an_error_once(status: int, kind: type[BlockdevError], 
     assert getattr(caught.value, "retry_after", None) == seconds
 
 
-@pytest.mark.parametrize(("value", "seconds"), [("7", 7), ("soon", None), ("-1", None), ("9" * 50, None)])
+def test_a_host_that_told_us_to_wait_is_asked_by_nobody() -> None:
+    backoff = Backoff()
+    with HttpServer(lambda seen: Answer(429, {"Retry-After": "50"})) as server:
+        first, second = (Client(server.host, NOBODY, backoff=backoff) for _ in range(2))
+        with pytest.raises(SourceError, match="answered 429"):
+            first.manifest("app", "v1")
+        for ask in (
+            lambda: first.manifest("app", "v1"),
+            lambda: second.blob_size("app", DIGEST),
+            lambda: second.ping(),
+            lambda: read(second, 0, 10),
+        ):
+            with pytest.raises(LeftAlone, match="told us to wait") as caught:
+                ask()
+            assert 0 < caught.value.seconds <= 50
+        assert len(server.seen) == 1
+
+
+def test_what_a_server_says_of_a_signature_or_a_login_is_not_repeated(tmp_path: Path) -> None:
+    def answer(seen: Seen) -> Answer:
+        login = seen.headers.get("authorization", "")
+        if not login:
+            return Answer(401, {"WWW-Authenticate": 'Basic realm="x"'})
+        said = f"no {login}" if "app" in seen.path else "bad signature of http://cdn/blob?X-Signature=s3cret&b=1"
+        body = json.dumps({"errors": [{"code": "NO", "message": said}]}).encode()
+        return Answer(418, {"Content-Type": "application/json"}, body)
+
+    with HttpServer(answer) as server:
+        client = Client(server.host, provider(tmp_path, server.host))
+        with pytest.raises(SourceError) as login:
+            client.manifest("app", "v1")
+        with pytest.raises(SourceError, match="bad signature of http://cdn/blob") as signature:
+            client.manifest("other", "v1")
+    assert_one_sentence(login.value, "answered 418")
+    assert "s3cret" not in str(signature.value)
+
+
+@pytest.mark.parametrize(("value", "seconds"), [("7", 7), ("soon", 1), ("-1", 1), ("9" * 50, 1)])
 def test_retry_after_is_read(value: str, seconds: float | None) -> None:
     with HttpServer(lambda seen: Answer(503, {"Retry-After": value})) as server, pytest.raises(SourceError) as caught:
         Client(server.host, NOBODY).manifest("app", "v1")

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import math
 import os
 import threading
 import time
@@ -17,9 +19,10 @@ from blockdev.config import Policy
 from blockdev.engine import Engine
 from blockdev.errors import SourceError
 from blockdev.fetch.pool import Pool
+from blockdev.registry.backoff import REFUSED_DELAY, Backoff
 from blockdev.registry.client import Client
 from blockdev.registry.credentials import Provider
-from blockdev.source.blob import RegistryBlob
+from blockdev.source.blob import WHOLE_PAUSE, RegistryBlob
 from formats import oci
 from tests.fakes.blob_server import REPOSITORY, BlobServer
 from tests.fakes.http_server import Answer
@@ -36,14 +39,17 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.engine = Engine(work_threads=1, readahead_extents=16)
         self.cache = Cache(folder, self.engine)
-        self.pool = Pool(self.engine)
+        self.backoff = Backoff()
+        self.pool = Pool(self.engine, backoff=self.backoff)
         self.pool.start()
         self._opened: list[tuple[Entry, Client]] = []
 
-    def open(self, host: str, policy: Policy) -> Entry:
+    def open(self, host: str, policy: Policy, *, keep: bool = True) -> Entry:
+        """keep: what passes by in a whole body goes to the cache."""
         entry = self.cache.open(DIGEST, len(CONTENT), policy)
-        client = Client(host, Provider())
-        self.pool.attach(entry.id, entry.blob, RegistryBlob(client, REPOSITORY, DIGEST, len(CONTENT), entry.blob.store))
+        client = Client(host, Provider(), backoff=self.backoff)
+        spill = entry.blob.store if keep else lambda offset, piece: 0
+        self.pool.attach(entry.id, entry.blob, RegistryBlob(client, REPOSITORY, DIGEST, len(CONTENT), spill))
         self._opened.append((entry, client))
         return entry
 
@@ -148,3 +154,29 @@ def test_a_registry_that_returns_is_read_on_without_reopening(bench: Bench, regi
             return
         except SourceError:
             assert time.monotonic() < deadline
+
+
+def test_a_blob_that_is_denied_is_not_asked_for_at_each_miss(bench: Bench) -> None:
+    with BlobServer(CONTENT) as server:
+        entry = bench.open(server.host, Policy("eio", WAIT))
+        assert entry.blob.read_at(0, 10) == CONTENT[:10]
+        asked, begin = len(server.seen), time.monotonic()
+        server.next_answers.extend(Answer(403) for _ in range(100))
+        for number in range(20):
+            with pytest.raises(SourceError):
+                entry.blob.read_at(2_000_000 + number * 65_536, 10)
+        assert len(server.seen) - asked <= 1 + (time.monotonic() - begin) / REFUSED_DELAY
+
+
+def test_no_ranges_and_no_cache_does_not_mean_a_download_for_each_miss(bench: Bench) -> None:
+    with BlobServer(CONTENT) as server:
+        server.ignores_ranges = True
+        entry = bench.open(server.host, Policy("retry", 0.2), keep=False)
+        begin = time.monotonic()
+        right = 0
+        for number in range(20):
+            with contextlib.suppress(SourceError):
+                assert entry.blob.read_at(number * 200_000, 10) == CONTENT[number * 200_000 :][:10]
+                right += 1
+        assert right
+        assert len(server.gets) <= 1 + math.log2(1 + (time.monotonic() - begin) / WHOLE_PAUSE)

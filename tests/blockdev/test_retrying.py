@@ -10,7 +10,17 @@ from collections.abc import Callable
 import pytest
 
 from blockdev.errors import AccessDenied, NotFound, SourceError
-from blockdev.source.retrying import DELAY_MAX, FIRST_DELAY, JITTER, LIMITED_INTERVAL, TOLD_MAX, Backoff, Retrying
+from blockdev.registry.backoff import (
+    DELAY_MAX,
+    FIRST_DELAY,
+    JITTER,
+    LIMITED_INTERVAL,
+    REFUSED_DELAY,
+    TOLD_MAX,
+    Backoff,
+    LeftAlone,
+)
+from blockdev.source.retrying import Retrying, patiently
 from tests.fakes.memory_source import MemorySource
 
 HOST = "a.example"
@@ -39,18 +49,19 @@ def backoff(clock: Clock) -> Backoff:
 
 
 def test_a_host_that_never_failed_is_asked_at_once(backoff: Backoff) -> None:
-    assert backoff.admit(HOST) == 0
+    assert backoff.admit(HOST) == backoff.waiting(HOST) == 0
     backoff.succeeded(HOST)
-    assert backoff.admit(HOST) == 0
+    assert backoff.admit(HOST) == backoff.waiting(HOST) == 0
 
 
 def test_delays_double_up_to_a_ceiling_and_vary(backoff: Backoff, clock: Clock) -> None:
     delays = []
     for _ in range(12):
         delays.append(backoff.failed(HOST, RESET))
-        assert backoff.admit(HOST) == delays[-1]
+        assert backoff.waiting(HOST) == delays[-1]
+        assert backoff.admit(HOST) == 0, "a person who asks need not wait for a host that only fails"
         clock.now += delays[-1]
-        assert backoff.admit(HOST) == 0
+        assert backoff.waiting(HOST) == 0
     for number, delay in enumerate(delays):
         least = min(FIRST_DELAY * 2**number, DELAY_MAX)
         assert least <= delay <= least * (1 + JITTER)
@@ -65,7 +76,21 @@ def test_failures_of_one_moment_count_once(backoff: Backoff) -> None:
 
 def test_hosts_do_not_share_their_failures(backoff: Backoff) -> None:
     backoff.failed(HOST, RESET)
-    assert backoff.admit("b.example") == 0
+    assert backoff.waiting("b.example") == 0
+
+
+def test_a_failure_is_the_hosts_that_the_error_names(backoff: Backoff) -> None:
+    assert backoff.failed(HOST, SourceError("reading failed: x: answered 503", retry_after=7, host="cdn.example")) == 7
+    assert backoff.waiting(HOST) == 0
+    assert backoff.admit("cdn.example") == 7
+
+
+def test_a_refused_blob_does_not_count_against_its_host(backoff: Backoff, clock: Clock) -> None:
+    backoff.refused(f"{HOST}/app@sha256:0")
+    assert backoff.waiting(HOST) == backoff.admit(HOST) == 0
+    assert backoff.waiting(f"{HOST}/app@sha256:0") == REFUSED_DELAY
+    clock.now += REFUSED_DELAY
+    assert backoff.waiting(f"{HOST}/app@sha256:0") == 0
 
 
 def test_success_forgets_everything(backoff: Backoff, clock: Clock) -> None:
@@ -73,14 +98,14 @@ def test_success_forgets_everything(backoff: Backoff, clock: Clock) -> None:
         clock.now += backoff.failed(HOST, RESET)
     backoff.failed(HOST, BUSY)
     backoff.succeeded(HOST)
-    assert backoff.admit(HOST) == 0
+    assert backoff.admit(HOST) == backoff.waiting(HOST) == 0
     assert backoff.failed(HOST, RESET) <= FIRST_DELAY * (1 + JITTER)
 
 
 def test_a_host_says_how_long_to_wait(backoff: Backoff, clock: Clock) -> None:
     assert backoff.failed(HOST, BUSY) == 10
     clock.now += 9.9
-    assert backoff.admit(HOST) == pytest.approx(0.1)
+    assert backoff.admit(HOST) == backoff.waiting(HOST) == pytest.approx(0.1)
 
 
 def test_no_host_stops_us_for_longer_than_a_minute(backoff: Backoff) -> None:
@@ -97,6 +122,41 @@ def test_a_host_that_limits_us_gets_one_request_a_second(backoff: Backoff, clock
         clock.now += 0.01
     assert len(admitted) == 5
     assert all(after - before >= LIMITED_INTERVAL for before, after in itertools.pairwise(admitted))
+    backoff.answered(HOST)
+    assert [backoff.admit(HOST) for _ in range(5)] == [0] * 5
+
+
+def test_looking_takes_no_turn(backoff: Backoff, clock: Clock) -> None:
+    backoff.failed(HOST, BUSY)
+    clock.now += 10
+    assert [backoff.waiting(HOST) for _ in range(5)] == [0] * 5
+    assert backoff.admit(HOST) == 0
+
+
+# ---- patiently() -----------------------------------------------------------------------------------
+
+
+def test_one_answer_is_waited_for_while_the_host_says_so() -> None:
+    outcomes: list[Exception] = [BUSY, LeftAlone("x", seconds=3)]
+    slept: list[float] = []
+
+    def ask() -> str:
+        if outcomes:
+            raise outcomes.pop(0)
+        return "answer"
+
+    assert patiently(ask, time.monotonic() + 60, slept.append) == "answer"
+    assert slept == [10, 3]
+
+
+@pytest.mark.parametrize(("error", "seconds"), [(RESET, 60), (NotFound("x"), 60), (BUSY, 5)])
+def test_what_waiting_would_not_help_is_told_at_once(error: Exception, seconds: float) -> None:
+    def ask() -> str:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        patiently(ask, time.monotonic() + seconds, lambda delay: pytest.fail("slept"))
+    assert caught.value is error
 
 
 # ---- Retrying --------------------------------------------------------------------------------------

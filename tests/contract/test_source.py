@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 
 from blockdev.errors import SourceError
+from blockdev.registry.backoff import Backoff
 from blockdev.registry.client import Client
 from blockdev.registry.credentials import Provider
 from blockdev.registry.exchange import Timeouts
 from blockdev.source import PROGRESS_SIZE, Source
 from blockdev.source.blob import RegistryBlob
 from blockdev.source.file import FileSource
-from blockdev.source.retrying import Backoff, Retrying
+from blockdev.source.retrying import Retrying, patiently
 from tests.fakes.blob_server import REPOSITORY, BlobServer
 from tests.fakes.memory_source import MemorySource
 from tests.registries import Registry
@@ -183,5 +184,5 @@ def test_what_fails_is_an_error_that_trying_again_may_help(subject: Subject) -> 
     with pytest.raises(SourceError):
         subject.source.probe(soon(1))
     subject.mend()
-    subject.source.probe(soon())
+    patiently(lambda: subject.source.probe(soon()), soon())
     assert read(subject.source, 0, 10) == CONTENT[:10]
