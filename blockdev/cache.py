@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache of a root: what is kept of which blob, and what may be believed of it.
 
-    blobs/sha256/HEX       the blob's bytes, sparse where they are missing
-    blobs/sha256/HEX.map   its presence map (docs/formats/presence-map.md)
-
-The engine fills and checks extents; here entries are made, shared between images,
-verified as a whole, counted and removed. Assumes one process and one Cache a root.
-Any thread may call; the lock is held for local file operations only.
+The engine fills and checks extents of an entry's files (blockdev/entryfiles.py); here
+entries are shared between images, verified as a whole, counted and removed. Assumes one
+process and one Cache a root. Any thread may call; the lock is held for local file
+operations only.
 """
 
 from __future__ import annotations
@@ -15,36 +13,43 @@ import hashlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from blockdev import entryfiles
 from blockdev.config import Policy
 from blockdev.engine import Blob, Engine
+from blockdev.entryfiles import EntryFiles
 from blockdev.errors import CorruptImage, DeviceError, EngineError, UsageError, from_os
 from formats import presence
 from formats.errors import FormatError
 
 log = logging.getLogger(__name__)
 
-_MAP = ".map"
-_ALGORITHMS = ("sha256", "sha512")
 _PIECE = 4 << 20  # bytes hashed or adopted at a time; a multiple of the extent
+_WRITE_LIMIT = 10.0  # seconds for a disk to take the last fetches: some 4 MiB each
+_WRITE_POLL = 0.005  # seconds; nothing tells when a write has failed
 _DROP_ROUNDS = 100  # a reader pins an extent for one pread: one more round finds it free
-_BLOCK = 512  # st_blocks' unit, whatever the file system
+_HASH_ROUNDS = 3  # what is taken away while a blob is hashed came back once at the most: its second loss is final
 
 
 @dataclass
 class _Open:
     """What all users of an open entry share."""
 
-    head: presence.Head
+    files: EntryFiles
     blob: Blob
     id: int
-    data_fd: int
-    map_fd: int
+    sealed: int | None  # what had been taken away of the blob when it was verified; None: it was not
     users: int = 1
     checking: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def verified(self) -> bool:
+        return self.sealed is not None and self.blob.stat().retired == self.sealed
 
 
 class Entry:
@@ -53,14 +58,14 @@ class Entry:
     def __init__(self, cache: Cache, shared: _Open) -> None:
         self._cache = cache
         self._shared: _Open | None = shared
-        self.digest = shared.head.blob_digest
+        self.digest = shared.files.head.blob_digest
         self.id = shared.id
         self.blob = shared.blob
 
     @property
     def verified(self) -> bool:
-        """Whether the whole blob was here once, and its digest matched."""
-        return self._state.head.verified
+        """Whether the whole blob is here, and its digest matched."""
+        return self._state.verified
 
     @property
     def complete(self) -> bool:
@@ -132,7 +137,7 @@ class Cache:
         with self._lock:
             shared = self._open.get(digest)
             if shared:
-                _check_size(shared.head, size)
+                entryfiles.check_size(shared.files.head, size)
                 shared.users += 1
             else:
                 shared = self._open[digest] = self._open_files(wanted, first_policy)
@@ -173,98 +178,86 @@ class Cache:
     def stat(self) -> list[EntryStat]:
         """Every entry, by digest."""
         with self._lock:
-            return [self._stat(path) for path in self._entries()]
+            return [self._stat(digest) for digest in entryfiles.digests(self._blobs)]
 
     def prune(self) -> Pruned:
         """Remove every entry that is not in use."""
         removed, kept, freed = [], [], 0
         with self._lock:
-            for path in self._entries():
-                found = self._stat(path)
+            for digest in entryfiles.digests(self._blobs):
+                found = self._stat(digest)
                 if found.in_use:
-                    kept.append(found.digest)
+                    kept.append(digest)
                     continue
                 try:
-                    _map_of(path).unlink(missing_ok=True)
-                    path.unlink(missing_ok=True)
+                    entryfiles.remove(self._blobs, digest)
                 except OSError as error:
                     raise from_os("prune cache", error) from error
-                removed.append(found.digest)
+                removed.append(digest)
                 freed += found.allocated
         return Pruned(tuple(removed), tuple(kept), freed)
 
-    # ---- entries on disk ----
+    def verified(self, digest: str) -> bool:
+        """Whether a blob that is in use is known to be whole and right."""
+        with self._lock:
+            shared = self._open.get(digest)
+            return shared is not None and shared.verified
 
-    def _entries(self) -> list[Path]:
-        """Data files, also of maps that have lost theirs."""
-        found = {
-            path.with_suffix("") if path.suffix == _MAP else path
-            for algorithm in _ALGORITHMS
-            for path in (self._blobs / algorithm).glob("*")
-        }
-        return sorted(found)
-
-    def _stat(self, path: Path) -> EntryStat:
-        digest = f"{path.parent.name}:{path.name}"
-        allocated = sum(file.stat().st_blocks * _BLOCK for file in (path, _map_of(path)) if file.exists())
+    def _stat(self, digest: str) -> EntryStat:
+        found = entryfiles.look(self._blobs, digest)
         shared = self._open.get(digest)
         if shared:
-            present = shared.blob.stat().present_bytes
-            return EntryStat(digest, shared.head.size, present, allocated, shared.head.verified, in_use=True)
-        try:
-            written = _map_of(path).read_bytes()
-            head = presence.Head.parse(written[: presence.HEAD_SIZE])
-        except (FileNotFoundError, FormatError):
-            return EntryStat(digest, 0, 0, allocated, verified=False, in_use=False)
-        return EntryStat(digest, head.size, _present_bytes(written, head.size), allocated, head.verified, in_use=False)
+            size, present = shared.blob.size, shared.blob.stat().present_bytes
+            return EntryStat(digest, size, present, found.allocated, shared.verified, in_use=True)
+        return EntryStat(digest, found.size, found.present, found.allocated, found.verified, in_use=False)
+
+    # ---- open entries ----
 
     def _open_files(self, wanted: presence.Head, policy: Policy) -> _Open:
-        algorithm, _, name = wanted.blob_digest.partition(":")
-        path = self._blobs / algorithm / name
-        fds: list[int] = []
-        try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for file in (path, _map_of(path)):
-                fds.append(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-            data_fd, map_fd = fds
-            head = _claim(wanted, data_fd, map_fd)
+        with ExitStack() as undo:
+            files = EntryFiles.open(self._blobs, wanted)
+            undo.callback(files.close)
             self._last_id += 1
             blob = self._engine.open_cached(
-                data_fd,
-                map_fd,
+                files.data_fd,
+                files.map_fd,
                 id=self._last_id,
                 size=wanted.size,
                 table_offset=presence.TABLE_OFFSET,
+                seal_offset=presence.SEAL_OFFSET,
                 policy=policy,
             )
-        except BaseException as error:
-            for fd in fds:
-                os.close(fd)
-            if isinstance(error, OSError):
-                raise from_os("open cache entry", error, str(path)) from error
-            raise
-        return _Open(head, blob, self._last_id, data_fd, map_fd)
-
-    # ---- open entries ----
+            undo.callback(blob.close)
+            sealed = files.head.verified
+            if sealed and blob.stat().present_bytes != wanted.size:
+                log.warning("blob no longer verified digest=%s: its map has lost extents", wanted.blob_digest)
+                files.break_seal()
+                sealed = False
+            undo.pop_all()
+        return _Open(files, blob, self._last_id, 0 if sealed else None)
 
     def _leave(self, shared: _Open) -> bool:
         with self._lock:
             shared.users -= 1
             if shared.users:
                 return False
-            del self._open[shared.head.blob_digest]
+            del self._open[shared.files.head.blob_digest]
             shared.blob.close()
-            os.close(shared.data_fd)
-            os.close(shared.map_fd)
+            shared.files.close()
             return True
 
     def _verify(self, shared: _Open) -> None:
-        digest = shared.head.blob_digest
+        digest = shared.files.head.blob_digest
         with shared.checking:
-            found = _digest_of_blob(shared.blob, digest)
-            if found == digest:
-                _write_verified(shared)
-                return
+            for _ in range(_HASH_ROUNDS):
+                before = shared.blob.stat().retired
+                found = _digest_of_blob(shared.blob, digest)
+                if found != digest:
+                    break
+                if _seal(shared, before):
+                    return
+            else:
+                raise DeviceError(f"verify blob: {digest}: parts of it are taken away all the time")
             dropped = _drop_all(shared.blob)
         log.error("blob dropped digest=%s extents=%d: its content has digest %s", digest, dropped, found)
         raise CorruptImage(f"verify blob: {digest}: offset 0: the content's digest is {found}")
@@ -276,65 +269,35 @@ def _wanted(digest: str, size: int) -> presence.Head:
         head.build()
     except FormatError as error:
         raise UsageError(f"open cache entry: {digest}: {error}") from error
-    if digest.partition(":")[0] not in _ALGORITHMS:
-        raise UsageError(f"open cache entry: {digest}: only {' and '.join(_ALGORITHMS)} are known")
+    if digest.partition(":")[0] not in entryfiles.ALGORITHMS:
+        raise UsageError(f"open cache entry: {digest}: only {' and '.join(entryfiles.ALGORITHMS)} are known")
     return head
 
 
-def _map_of(path: Path) -> Path:
-    return path.with_name(path.name + _MAP)
+def _seal(shared: _Open, before: int) -> bool:
+    """Mark the blob as verified, unless something was taken away since `before`. First the bytes, then the claim.
+
+    Looked at again after the claim: from then on, whatever takes an extent away breaks the seal itself.
+    """
+    _await_written(shared)
+    shared.files.sync()
+    if shared.blob.stat().retired != before:
+        return False
+    shared.files.write_seal()
+    if shared.blob.stat().retired != before:
+        shared.files.break_seal()
+        return False
+    shared.sealed = before
+    return True
 
 
-def _check_size(head: presence.Head, size: int) -> None:
-    if head.size != size:
-        raise CorruptImage(f"open blob: {head.blob_digest}: offset {size}: said to end here, but has {head.size} bytes")
-
-
-def _claim(wanted: presence.Head, data_fd: int, map_fd: int) -> presence.Head:
-    """The entry's head if the files hold a usable entry of this blob; else make them an empty one."""
-    raw = os.pread(map_fd, presence.HEAD_SIZE, 0)
-    try:
-        head = presence.Head.parse(raw)
-        if head.blob_digest != wanted.blob_digest:
-            raise FormatError(f"it is the map of {head.blob_digest}")
-        if head.verified:
-            _check_size(head, wanted.size)
-        if head.size != wanted.size or os.fstat(data_fd).st_size != wanted.size:
-            raise FormatError(f"it is the map of {head.size} bytes, {wanted.size} are expected")
-        return head
-    except presence.NewerVersion as error:
-        raise DeviceError(f"open cache entry: {wanted.blob_digest}: {error.what}") from error
-    except FormatError as error:
-        if raw:
-            log.warning("cache entry starts empty digest=%s: %s", wanted.blob_digest, error.what)
-    os.ftruncate(map_fd, 0)
-    os.ftruncate(data_fd, 0)
-    os.ftruncate(data_fd, wanted.size)
-    os.ftruncate(map_fd, presence.map_size(wanted.size))
-    os.pwrite(map_fd, wanted.build(), 0)
-    return wanted
-
-
-def _present_bytes(written: bytes, size: int) -> int:
-    """What a presence map in a file says is there."""
-    count = presence.extent_count(size)
-    table = written[presence.TABLE_OFFSET :][: 4 * count].ljust(4 * count, b"\0")
-    entries = memoryview(table).cast("I").tolist()
-    present = (count - entries.count(0)) * presence.EXTENT_SIZE
-    return present - (count * presence.EXTENT_SIZE - size if entries and entries[-1] else 0)
-
-
-def _write_verified(shared: _Open) -> None:
-    """First the bytes, then the claim."""
-    head = presence.Head(shared.head.blob_digest, shared.head.size, verified=True)
-    try:
-        os.fsync(shared.data_fd)
-        os.fsync(shared.map_fd)
-        os.pwrite(shared.map_fd, head.build(), 0)
-        os.fsync(shared.map_fd)
-    except OSError as error:
-        raise from_os("mark blob as verified", error, head.blob_digest) from error
-    shared.head = head
+def _await_written(shared: _Open) -> None:
+    """What was fetched last is read from memory first, and in the cache a moment later, or never."""
+    deadline = time.monotonic() + _WRITE_LIMIT
+    while shared.blob.stat().present_bytes != shared.blob.size:
+        if time.monotonic() > deadline:
+            raise EngineError(f"verify blob: {shared.files.head.blob_digest}: not all of it could be written")
+        time.sleep(_WRITE_POLL)
 
 
 def _drop_all(blob: Blob) -> int:
@@ -360,8 +323,8 @@ def _digest_of_blob(blob: Blob, like: str) -> str:
 
 def _digest_of(fd: int, like: str) -> str:
     algorithm = like.partition(":")[0]
-    if algorithm not in _ALGORITHMS:
-        raise UsageError(f"adopt blob: {like}: only {' and '.join(_ALGORITHMS)} are known")
+    if algorithm not in entryfiles.ALGORITHMS:
+        raise UsageError(f"adopt blob: {like}: only {' and '.join(entryfiles.ALGORITHMS)} are known")
     digest = hashlib.new(algorithm)
     for _, piece in _pieces(fd):
         digest.update(piece)

@@ -121,6 +121,7 @@ class BlobStat:
     hits: int
     misses: int
     crc_failures: int
+    retired: int
     failing_seconds: float
     down: bool
 
@@ -237,7 +238,7 @@ class Blob(_Handle):
         lib.ob_blob_get_stat(self._handle, out)
         return BlobStat(
             out.size, out.present_bytes, out.fetched_bytes, out.fetches, out.hits, out.misses, out.crc_failures,
-            out.failing_ns / 1e9, bool(out.down),
+            out.retired, out.failing_ns / 1e9, bool(out.down),
         )  # fmt: skip
 
     def open_raw(self, base: int, length: int) -> File:
@@ -385,12 +386,15 @@ class Engine(_Handle):
         _check(lib.ob_blob_open_local(self._handle, fd, size, out))
         return Blob(out[0], size)
 
-    def open_cached(self, data_fd: int, map_fd: int, *, id: int, size: int, table_offset: int, policy: Policy) -> Blob:
-        """A cache entry; both descriptors are duplicated."""
+    def open_cached(
+        self, data_fd: int, map_fd: int, *, id: int, size: int, table_offset: int, policy: Policy, seal_offset: int = 0
+    ) -> Blob:
+        """A cache entry; both descriptors are duplicated. Offsets are of the map (native/ob.h, ob_blob_config)."""
         fields = {
             "id": id,
             "size": size,
             "table_offset": table_offset,
+            "seal_offset": seal_offset,
             "policy": _POLICY[policy.mode],
             "policy_ns": int(policy.seconds * 1e9),
         }

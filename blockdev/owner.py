@@ -109,7 +109,10 @@ class Owner:
 
     def describe(self) -> list[dict[str, Any]]:
         """Every device, as `ps` shows it."""
-        return [device.describe() for device in self.devices()]
+        described = [device.describe() for device in self.devices()]
+        for blob in (blob for device in described for blob in device["blobs"]):
+            blob["verified"] = self.cache.verified(blob["name"])
+        return described
 
     def _forget(self, device: Device) -> None:
         with self._lock:

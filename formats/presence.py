@@ -2,8 +2,9 @@
 """The presence map: which extents of a cached blob are there, and their checksums.
 
 Layout in docs/formats/presence-map.md. This module owns the 512-byte head; the table
-behind it is read and written by the engine (native/cache.c). A head with a wrong CRC,
-an unknown version or another extent size is a FormatError: the owner starts an empty map.
+behind it is read and written by the engine (native/cache.c), which knows of the head only
+where the seal lies, and takes it away. A head with a wrong CRC, an unknown version or
+another extent size is a FormatError: the owner starts an empty map.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from formats.errors import FormatError
 HEAD_SIZE = 512
 TABLE_OFFSET = 4096  # own page: a torn write of the head leaves the table alone
 EXTENT_SIZE = 65536
-VERSION = 1
+SEAL_OFFSET = HEAD_SIZE - 4
+SEAL_SIZE = 4
+VERSION = 2
 
 _MAGIC = b"OCIBLKPM"
-_VERIFIED = 1
-_CRC_OFFSET = HEAD_SIZE - 4
+_CRC_OFFSET = SEAL_OFFSET - 4
 _SIZE_LIMIT = 1 << 63  # file offsets are signed
 _DIGEST_SIZE = 144  # "sha512:" and 128 hex digits fit
 _DIGEST = re.compile(r"[a-z0-9]+(?:[+._-][a-z0-9]+)*:[0-9a-f]{32,128}")
@@ -33,11 +35,10 @@ _HEAD = c.Struct(
     "version" / c.Int32ul,
     "extent_size" / c.Int32ul,
     "size" / c.Int64ul,
-    "flags" / c.Int32ul,
-    c.Padding(4),
     "digest" / c.Bytes(_DIGEST_SIZE),
-    c.Padding(_CRC_OFFSET - 176),
+    c.Padding(_CRC_OFFSET - 168),
     "crc" / c.Int32ul,
+    "seal" / c.Int32ul,
 )
 
 
@@ -47,7 +48,7 @@ class NewerVersion(FormatError):
 
 @dataclass(frozen=True)
 class Head:
-    """Whose map this is. `verified`: the whole blob was there once and its digest matched."""
+    """Whose map this is. `verified`: the whole blob is there and its digest matched, says the seal."""
 
     blob_digest: str
     size: int
@@ -64,12 +65,14 @@ class Head:
             "version": VERSION,
             "extent_size": EXTENT_SIZE,
             "size": self.size,
-            "flags": _VERIFIED if self.verified else 0,
             "digest": self.blob_digest.encode().ljust(_DIGEST_SIZE, b"\0"),
             "crc": 0,
+            "seal": 0,
         }
         head: bytes = _HEAD.build(fields)
-        return head[:_CRC_OFFSET] + standard(head[:_CRC_OFFSET]).to_bytes(4, "little")
+        crc = standard(head[:_CRC_OFFSET])
+        seal = _seal(crc) if self.verified else 0
+        return head[:_CRC_OFFSET] + crc.to_bytes(4, "little") + seal.to_bytes(SEAL_SIZE, "little")
 
     @classmethod
     def parse(cls, head: bytes) -> Head:
@@ -90,7 +93,12 @@ class Head:
         digest = fields.digest.rstrip(b"\0").decode("latin-1")
         if not _DIGEST.fullmatch(digest) or fields.size >= _SIZE_LIMIT:
             raise FormatError("presence map names no blob", 16)
-        return cls(digest, fields.size, bool(fields.flags & _VERIFIED))
+        return cls(digest, fields.size, fields.seal == _seal(fields.crc))
+
+
+def _seal(crc: int) -> int:
+    """The seal of a head with this CRC: no other blob's, and never the 0 that says broken."""
+    return crc or 1
 
 
 def extent_count(size: int) -> int:

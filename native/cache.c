@@ -177,6 +177,7 @@ int ob_blob_open_cached(struct ob_engine *engine, int data_fd, int map_fd, const
 		return status_set(errno ? errno : ENOMEM, "open blob: cache file: errno %d", errno);
 	blob->id = config->id;
 	blob->table_offset = config->table_offset;
+	blob->seal_offset = config->seal_offset;
 	blob->policy = config->policy;
 	blob->policy_ns = (int64_t)config->policy_ns;
 	blob->extents = (config->size + OB_EXTENT_SIZE - 1) / OB_EXTENT_SIZE;
@@ -233,6 +234,8 @@ int extents_write(struct ob_blob *blob, uint64_t first, uint64_t count, const ui
 {
 	uint32_t sums[READ_FIRST_EXTENTS];
 
+	if (atomic_load(&blob->sealed))
+		return status_set(EROFS, "write cache: the seal of the map cannot be broken");
 	while (count) {
 		uint64_t now = count < READ_FIRST_EXTENTS ? count : READ_FIRST_EXTENTS, length = 0;
 		int error;
@@ -261,14 +264,28 @@ void extents_arrived(struct ob_blob *blob, uint64_t count)
 		engine_post(blob->engine, OB_EVENT_BLOB_COMPLETE, 0, blob->id);
 }
 
+/* Said durably before anything goes. The sync holds the lock, but once in a sealed blob's life. */
+static void seal_break(struct ob_blob *blob)
+{
+	uint32_t seal = 1;
+
+	if (!blob->seal_offset || (pread(blob->map_fd, &seal, sizeof(seal), (off_t)blob->seal_offset) > 0 && !seal))
+		return;
+	seal = 0;
+	atomic_store(&blob->sealed,
+	             write_fully(blob->map_fd, &seal, sizeof(seal), blob->seal_offset) || fdatasync(blob->map_fd));
+}
+
 /* Under the queue's lock: make a readable extent absent, on disk too. The table is
  * cleared before the bytes may change, and nobody reads them any more when we return. */
-static void extent_retire(struct ob_blob *blob, uint64_t extent, uint32_t clear)
+static void extent_retire(struct ob_blob *blob, uint64_t extent)
 {
 	static const uint32_t absent = 0;
 	int was_present = extent_kind(blob, extent) == EXTENT_PRESENT;
 
-	extent_set(blob, extent, EXTENT_ABSENT, EXTENT_CHECKED | EXTENT_MARK | clear);
+	blob->retired++;
+	seal_break(blob);
+	extent_set(blob, extent, EXTENT_ABSENT, EXTENT_CHECKED | EXTENT_MARK);
 	if (!was_present)
 		return;
 	while (atomic_load(&blob->state[extent]) >= EXTENT_PIN)
@@ -328,7 +345,7 @@ static void extent_rotted(struct ob_blob *blob, uint64_t extent)
 	pthread_mutex_lock(&blob->engine->fetch.lock);
 	if (extent_kind(blob, extent) == EXTENT_PRESENT && !(atomic_load(&blob->state[extent]) & EXTENT_CHECKED)) {
 		atomic_fetch_add(&blob->crc_failures, 1);
-		extent_retire(blob, extent, 0);
+		extent_retire(blob, extent);
 	}
 	pthread_mutex_unlock(&blob->engine->fetch.lock);
 }
@@ -488,7 +505,7 @@ int blob_reject(struct ob_blob *blob, uint64_t offset, uint64_t length)
 		} else if (state & EXTENT_RETRIED) {
 			retried = 1;
 		} else {
-			extent_retire(blob, extent, 0);
+			extent_retire(blob, extent);
 			atomic_fetch_or(&blob->state[extent], EXTENT_RETRIED);
 			again = 1;
 		}
@@ -577,7 +594,7 @@ int64_t ob_blob_drop(struct ob_blob *blob, uint64_t offset, uint64_t length)
 		uint32_t state = atomic_load(&blob->state[extent]);
 
 		if ((state & EXTENT_KIND) == EXTENT_PRESENT && state < EXTENT_PIN) {
-			extent_retire(blob, extent, 0);
+			extent_retire(blob, extent);
 			/* Punched under the lock: a fetch of the extent cannot have begun. */
 			fallocate(blob->data_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(extent * OB_EXTENT_SIZE),
 			          OB_EXTENT_SIZE);
@@ -623,6 +640,7 @@ void ob_blob_get_stat(struct ob_blob *blob, ob_blob_stat *out)
 		out->present_bytes -= OB_EXTENT_SIZE - extent_length(blob, blob->extents - 1);
 	out->fetched_bytes = blob->fetched_bytes;
 	out->fetches = blob->fetch_count;
+	out->retired = blob->retired;
 	out->failing_ns = blob->failing_since ? engine_now() - blob->failing_since : 0;
 	out->down = blob->down;
 	pthread_mutex_unlock(&blob->engine->fetch.lock);

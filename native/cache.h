@@ -52,7 +52,7 @@ struct ob_blob {
 	int data_fd, map_fd;     /* map_fd -1: a local file, complete by definition */
 
 	/* cached blobs only */
-	uint64_t table_offset;
+	uint64_t table_offset, seal_offset;
 	uint64_t extents;
 	_Atomic uint32_t *state;
 	/* guarded by the fetch queue's lock */
@@ -66,7 +66,8 @@ struct ob_blob {
 	int64_t progress_ns;     /* when bytes last arrived */
 	int down;
 	int write_failed;        /* said once, until a write succeeds */
-	uint64_t fetched_bytes, fetch_count;
+	uint64_t fetched_bytes, fetch_count, retired;
+	atomic_int sealed;       /* the seal could not be broken: nothing may be written */
 	_Atomic uint64_t hits, misses, crc_failures;
 };
 

@@ -88,6 +88,7 @@ typedef struct {
 	uint64_t id;            /* the user's name for the blob in fetches and events */
 	uint64_t size;          /* bytes of the blob */
 	uint64_t table_offset;  /* where the presence table starts in the map file */
+	uint64_t seal_offset;   /* of the map's word that is made 0, synced, before any extent is taken away; 0 = none */
 	int32_t policy;         /* OB_POLICY_* */
 	uint64_t policy_ns;
 } ob_blob_config;
@@ -100,6 +101,7 @@ typedef struct {
 	uint64_t hits;            /* reads answered without waiting */
 	uint64_t misses;          /* reads that waited */
 	uint64_t crc_failures;    /* blocks or extents that failed their checksum */
+	uint64_t retired;         /* extents taken away since the blob was opened: no seal from before holds */
 	int64_t failing_ns;       /* how long the source has been failing; 0 = healthy */
 	int32_t down;             /* 1 once misses fail at once */
 } ob_blob_stat;

@@ -11,6 +11,7 @@ from formats import presence
 from formats.crc32c import standard
 from formats.errors import FormatError
 from formats.presence import Head
+from tests import golden_map
 from tests.mutations import damaged, value_or_format_error
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
@@ -28,13 +29,30 @@ def test_a_head_survives_a_round_trip(digest: str, size: int, verified: bool) ->
 def test_the_bytes_are_those_of_the_document() -> None:
     head = Head(DIGEST, 65537, True).build()
     assert head[:8] == b"OCIBLKPM"
-    assert head[8:32] == bytes.fromhex("01000000 00000100 0100010000000000 01000000 00000000")
-    assert head[32:176] == DIGEST.encode().ljust(144, b"\0")
-    assert head[176:508] == bytes(332)
-    assert int.from_bytes(head[508:], "little") == standard(head[:508])
+    assert head[8:24] == bytes.fromhex("02000000 00000100 0100010000000000")
+    assert head[24:168] == DIGEST.encode().ljust(144, b"\0")
+    assert head[168:504] == bytes(336)
+    assert int.from_bytes(head[504:508], "little") == standard(head[:504])
+    assert head[508:] == head[504:508]
+    assert Head(DIGEST, 65537, False).build() == head[:508] + bytes(4)
 
 
-@given(st.integers(0, presence.HEAD_SIZE - 1), st.integers(1, 255))
+def _built(present: set[int], *, verified: bool) -> bytes:
+    """The map of golden_map.CONTENT with these extents."""
+    table = b"".join(
+        (presence.extent_entry(extent) if number in present else 0).to_bytes(4, "little")
+        for number, extent in enumerate(golden_map.EXTENTS)
+    )
+    head = Head(golden_map.DIGEST, len(golden_map.CONTENT), verified).build()
+    return head.ljust(presence.TABLE_OFFSET, b"\0") + table
+
+
+def test_whole_maps_are_those_that_are_kept() -> None:
+    assert _built(golden_map.PARTIAL, verified=False) == golden_map.kept("partial")
+    assert _built(golden_map.WHOLE, verified=True) == golden_map.kept("sealed")
+
+
+@given(st.integers(0, presence.SEAL_OFFSET - 1), st.integers(1, 255))
 def test_any_changed_byte_is_noticed(place: int, change: int) -> None:
     head = bytearray(HEAD.build())
     head[place] ^= change
@@ -42,18 +60,30 @@ def test_any_changed_byte_is_noticed(place: int, change: int) -> None:
         Head.parse(bytes(head))
 
 
+@given(st.integers(1, (1 << 32) - 1))
+def test_any_other_word_is_no_seal(change: int) -> None:
+    sealed = Head(DIGEST, 5, True).build()
+    word = int.from_bytes(sealed[presence.SEAL_OFFSET :], "little") ^ change
+    assert not Head.parse(sealed[: presence.SEAL_OFFSET] + word.to_bytes(4, "little")).verified
+
+
+def test_the_seal_of_another_blob_is_none() -> None:
+    other = Head(DIGEST, 6, True).build()
+    assert not Head.parse(Head(DIGEST, 5, True).build()[: presence.SEAL_OFFSET] + other[-4:]).verified
+
+
 @given(damaged([HEAD.build()]))
 def test_any_bytes_give_a_head_or_a_format_error(head: bytes) -> None:
     value_or_format_error(lambda: Head.parse(head))
 
 
-@pytest.mark.parametrize("change", [(8, b"\2"), (12, b"\0\0\2\0"), (16, b"\xff" * 8), (32, b"../../")])
+@pytest.mark.parametrize("change", [(8, b"\1"), (8, b"\3"), (12, b"\0\0\2\0"), (16, b"\xff" * 8), (24, b"../../")])
 def test_another_version_extent_size_or_a_strange_blob_is_refused(change: tuple[int, bytes]) -> None:
     place, value = change
     head = HEAD.build()
-    head = head[:place] + value + head[place + len(value) : 508]
+    head = head[:place] + value + head[place + len(value) : 504]
     with pytest.raises(FormatError):
-        Head.parse(head + standard(head).to_bytes(4, "little"))
+        Head.parse(head + standard(head).to_bytes(4, "little") + bytes(4))
 
 
 @pytest.mark.parametrize(

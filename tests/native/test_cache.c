@@ -7,6 +7,8 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -16,7 +18,7 @@
 #include "crc32c.h"
 #include "engine.h"
 
-enum { EXTENT = OB_EXTENT_SIZE, TABLE = 4096, SOURCES = 3 };
+enum { EXTENT = OB_EXTENT_SIZE, SEAL = 508, TABLE = 4096, SOURCES = 3 };
 
 static const uint64_t PATIENT_NS = 30000000000, SHORT_NS = 300000000;
 
@@ -96,8 +98,8 @@ static void bench_open(struct bench *bench, uint64_t size, uint32_t readahead)
 	CHECK(ob_engine_open(&config, &source->engine) == 0);
 	source->size = size;
 	source->asked = calloc(size / EXTENT + 1, sizeof(*source->asked));
-	bench->config = (ob_blob_config){ .id = 7, .size = size, .table_offset = TABLE, .policy = OB_POLICY_EIO,
-	                                  .policy_ns = PATIENT_NS };
+	bench->config = (ob_blob_config){ .id = 7, .size = size, .table_offset = TABLE, .seal_offset = SEAL,
+	                                  .policy = OB_POLICY_EIO, .policy_ns = PATIENT_NS };
 	CHECK(ob_blob_open_cached(source->engine, bench->data_fd, bench->map_fd, &bench->config, &bench->blob) == 0);
 	for (int i = 0; i < SOURCES; i++)
 		pthread_create(&source->threads[i], NULL, source_run, source);
@@ -284,6 +286,86 @@ static void test_rot_on_disk_is_found_and_fetched_again(void)
 	bench_close(&bench);
 }
 
+static void seal(const struct bench *bench)
+{
+	const uint32_t word = 0x5ea1ed;
+
+	CHECK(pwrite(bench->map_fd, &word, sizeof(word), SEAL) == sizeof(word));
+}
+
+static uint32_t seal_of(const struct bench *bench)
+{
+	uint32_t word;
+
+	CHECK(pread(bench->map_fd, &word, sizeof(word), SEAL) == sizeof(word));
+	return word;
+}
+
+static uint64_t retired(const struct bench *bench)
+{
+	ob_blob_stat stat;
+
+	ob_blob_get_stat(bench->blob, &stat);
+	return stat.retired;
+}
+
+static void test_whatever_takes_an_extent_away_breaks_the_seal_first(void)
+{
+	struct bench bench;
+	uint8_t byte = 0xff;
+
+	bench_open(&bench, 4 * EXTENT, 0);
+	check_read(bench.blob, 0, 4 * EXTENT);
+	next_event(bench.source.engine, OB_EVENT_BLOB_COMPLETE);
+	seal(&bench);
+	check_read(bench.blob, 0, 4 * EXTENT);
+	CHECK(seal_of(&bench) && retired(&bench) == 0);
+	CHECK(ob_blob_drop(bench.blob, EXTENT, EXTENT) == 1);
+	CHECK(!seal_of(&bench) && retired(&bench) == 1);
+	check_read(bench.blob, 0, 4 * EXTENT);
+	seal(&bench);
+	CHECK(blob_reject(bench.blob, 10, 1) == 1);
+	CHECK(!seal_of(&bench) && retired(&bench) == 2);
+	check_read(bench.blob, 0, 4 * EXTENT);
+	next_event(bench.source.engine, OB_EVENT_BLOB_COMPLETE);
+	seal(&bench);
+	ob_blob_close(bench.blob);
+	CHECK(pwrite(bench.data_fd, &byte, 1, 2 * EXTENT + 77) == 1);
+	CHECK(ob_blob_open_cached(bench.source.engine, bench.data_fd, bench.map_fd, &bench.config, &bench.blob) == 0);
+	check_read(bench.blob, 0, EXTENT);
+	CHECK(seal_of(&bench) && retired(&bench) == 0);
+	check_read(bench.blob, 0, 4 * EXTENT);
+	CHECK(!seal_of(&bench) && retired(&bench) == 1);
+	bench_close(&bench);
+}
+
+static void test_a_seal_that_cannot_be_broken_keeps_the_cache_as_it_is(void)
+{
+	struct bench bench;
+	char path[64];
+	uint8_t before[EXTENT], after[EXTENT], byte = 0xff;
+	int writable;
+
+	bench_open(&bench, 4 * EXTENT, 0);
+	check_read(bench.blob, 0, 4 * EXTENT);
+	next_event(bench.source.engine, OB_EVENT_BLOB_COMPLETE);
+	seal(&bench);
+	ob_blob_close(bench.blob);
+	CHECK(pwrite(bench.data_fd, &byte, 1, 77) == 1 && pread(bench.data_fd, before, EXTENT, 0) == EXTENT);
+	writable = bench.map_fd;
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", writable);
+	bench.map_fd = open(path, O_RDONLY | O_CLOEXEC);
+	CHECK(bench.map_fd >= 0);
+	CHECK(ob_blob_open_cached(bench.source.engine, bench.data_fd, bench.map_fd, &bench.config, &bench.blob) == 0);
+	check_read(bench.blob, 0, 4 * EXTENT);
+	check_read(bench.blob, 0, EXTENT);
+	CHECK(next_event(bench.source.engine, OB_EVENT_CACHE_WRITE).status == -EROFS);
+	CHECK(seal_of(&bench) && retired(&bench) == 1);
+	CHECK(pread(bench.data_fd, after, EXTENT, 0) == EXTENT && memcmp(before, after, EXTENT) == 0);
+	bench_close(&bench);
+	close(writable);
+}
+
 static void test_rejected_content_is_fetched_once_more(void)
 {
 	struct bench bench;
@@ -417,6 +499,8 @@ int main(void)
 	test_random_reader_gets_no_more_than_it_asked();
 	test_an_extent_missed_by_two_readers_is_no_stream();
 	test_rot_on_disk_is_found_and_fetched_again();
+	test_whatever_takes_an_extent_away_breaks_the_seal_first();
+	test_a_seal_that_cannot_be_broken_keeps_the_cache_as_it_is();
 	test_rejected_content_is_fetched_once_more();
 	test_eio_policy_runs_from_first_failure_then_fails_at_once();
 	test_a_stuck_source_cannot_stall_a_reader();

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two files of a cached blob, below a root's blobs/.
+
+    sha256/HEX       the blob's bytes, sparse where they are missing
+    sha256/HEX.map   its presence map (docs/formats/presence-map.md)
+
+Here they are made, opened, sealed, looked at and removed; the engine fills them. Assumes
+that one process writes, and that no two of its threads open the same entry at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from blockdev.errors import CorruptImage, DeviceError, from_os
+from formats import presence
+from formats.errors import FormatError
+
+log = logging.getLogger(__name__)
+
+ALGORITHMS = {"sha256": 64, "sha512": 128}  # hex digits of a digest
+_MAP = ".map"
+_BLOCK = 512  # st_blocks' unit, whatever the file system
+_BROKEN = bytes(presence.SEAL_SIZE)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the files of an entry say of it, unchecked; bytes. `allocated` counts disk space, map included.
+
+    `flaw`: why they hold nothing that could be used.
+    """
+
+    digest: str
+    size: int
+    present: int
+    allocated: int
+    verified: bool
+    flaw: str = ""
+
+
+class EntryFiles:
+    """An entry opened for use: both descriptors, and the head of its map."""
+
+    def __init__(self, path: Path, data_fd: int, map_fd: int, head: presence.Head) -> None:
+        self.data_fd = data_fd
+        self.map_fd = map_fd
+        self.head = head
+        self._path = path
+
+    @classmethod
+    def open(cls, blobs: Path, wanted: presence.Head) -> EntryFiles:
+        """The files of a blob. What they hold of another size or version, or damaged, is thrown away.
+
+        CorruptImage if the blob is known to have another size; DeviceError if a later version of
+        this program wrote the map; AccessDenied or EngineError if they cannot be written.
+        """
+        path = path_of(blobs, wanted.blob_digest)
+        fds: list[int] = []
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for file in (path, map_of(path)):
+                fds.append(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+            return cls(path, fds[0], fds[1], _claim(wanted, fds[0], fds[1]))
+        except BaseException as error:
+            for fd in fds:
+                os.close(fd)
+            if isinstance(error, OSError):
+                raise from_os("open cache entry", error, str(path)) from error
+            raise
+
+    def sync(self) -> None:
+        """All that is in the files, and the files' names, are on the disk."""
+        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for fd in (self.data_fd, self.map_fd, directory):
+                os.fsync(fd)
+        except OSError as error:
+            raise from_os("sync cache entry", error, str(self._path)) from error
+        finally:
+            os.close(directory)
+
+    def write_seal(self) -> None:
+        """Say durably that the blob is whole and its digest right. sync() comes before."""
+        head = presence.Head(self.head.blob_digest, self.head.size, verified=True)
+        self._write_word(head.build()[presence.SEAL_OFFSET :])
+
+    def break_seal(self) -> None:
+        """Say durably that nothing is known of the blob as a whole."""
+        self._write_word(_BROKEN)
+
+    def _write_word(self, word: bytes) -> None:
+        try:
+            os.pwrite(self.map_fd, word, presence.SEAL_OFFSET)
+            os.fsync(self.map_fd)
+        except OSError as error:
+            raise from_os("mark blob", error, str(self._path)) from error
+
+    def close(self) -> None:
+        """Once."""
+        os.close(self.data_fd)
+        os.close(self.map_fd)
+
+
+def path_of(blobs: Path, digest: str) -> Path:
+    """Where the bytes of a blob are."""
+    algorithm, _, name = digest.partition(":")
+    return blobs / algorithm / name
+
+
+def map_of(path: Path) -> Path:
+    """Where the map is of the bytes at `path`."""
+    return path.with_name(path.name + _MAP)
+
+
+def digests(blobs: Path) -> list[str]:
+    """Every entry, also those of which but one file is there."""
+    return sorted({digest for path in blobs.glob("*/*") if (digest := _digest_of_name(path))})
+
+
+def foreign(blobs: Path) -> Iterator[Path]:
+    """What lies below blobs/ and belongs to no entry, whatever put it there."""
+    for path in sorted(blobs.rglob("*")):
+        ours = path.parent == blobs and path.name in ALGORITHMS
+        if not ours and not (path.parent.parent == blobs and _digest_of_name(path)):
+            yield path
+
+
+def look(blobs: Path, digest: str) -> Found:
+    """What the files of an entry say, at this moment."""
+    path = path_of(blobs, digest)
+    allocated = sum(file.stat().st_blocks * _BLOCK for file in (path, map_of(path)) if file.exists())
+    try:
+        with open(map_of(path), "rb") as file:
+            head = _parse(file.read(presence.HEAD_SIZE), digest)
+            _check_data(head, path.stat().st_size)
+            present = _present_bytes(read_table(file.fileno(), head.size), head.size)
+    except FileNotFoundError as error:
+        missing = "data" if error.filename == os.fspath(path) else "map"
+        return Found(digest, 0, 0, allocated, verified=False, flaw=f"its {missing} file is missing")
+    except FormatError as error:
+        return Found(digest, 0, 0, allocated, verified=False, flaw=error.what)
+    return Found(digest, head.size, present, allocated, head.verified and present == head.size)
+
+
+def remove(blobs: Path, digest: str) -> None:
+    """Delete both files, the map first: what is left of an interrupted removal is empty."""
+    path = path_of(blobs, digest)
+    map_of(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def read_table(map_fd: int, size: int) -> memoryview:
+    """The table of a blob's map: an entry for each extent, those that the file lacks as 0."""
+    count = presence.extent_count(size)
+    table = os.pread(map_fd, 4 * count, presence.TABLE_OFFSET)
+    return memoryview(table[: len(table) & ~3].ljust(4 * count, b"\0")).cast("I")
+
+
+def _parse(raw: bytes, digest: str) -> presence.Head:
+    head = presence.Head.parse(raw)
+    if head.blob_digest != digest:
+        raise FormatError(f"it is the map of {head.blob_digest}")
+    return head
+
+
+def _check_data(head: presence.Head, size: int) -> None:
+    if head.size != size:
+        raise FormatError(f"it is the map of {head.size} bytes, the data file has {size}")
+
+
+def check_size(head: presence.Head, size: int) -> None:
+    """CorruptImage if the blob has not `size` bytes."""
+    if head.size != size:
+        raise CorruptImage(f"open blob: {head.blob_digest}: offset {size}: said to end here, but has {head.size} bytes")
+
+
+def _claim(wanted: presence.Head, data_fd: int, map_fd: int) -> presence.Head:
+    """The entry's head if the files hold a usable entry of this blob; else make them an empty one."""
+    raw = os.pread(map_fd, presence.HEAD_SIZE, 0)
+    try:
+        head = _parse(raw, wanted.blob_digest)
+        if head.verified:
+            check_size(head, wanted.size)
+        if head.size != wanted.size:
+            raise FormatError(f"it is the map of {head.size} bytes, {wanted.size} are expected")
+        _check_data(head, os.fstat(data_fd).st_size)
+        return head
+    except presence.NewerVersion as error:
+        raise DeviceError(f"open cache entry: {wanted.blob_digest}: {error.what}") from error
+    except FormatError as error:
+        if raw:
+            log.warning("cache entry starts empty digest=%s: %s", wanted.blob_digest, error.what)
+    os.ftruncate(map_fd, 0)
+    os.ftruncate(data_fd, 0)
+    os.ftruncate(data_fd, wanted.size)
+    os.ftruncate(map_fd, presence.map_size(wanted.size))
+    os.pwrite(map_fd, wanted.build(), 0)
+    return wanted
+
+
+def _present_bytes(table: memoryview, size: int) -> int:
+    present = (len(table) - table.tolist().count(0)) * presence.EXTENT_SIZE
+    return present - (len(table) * presence.EXTENT_SIZE - size if len(table) and table[-1] else 0)
+
+
+def _digest_of_name(path: Path) -> str:
+    """The blob that a file below blobs/ALGORITHM belongs to; "" if it is no such file."""
+    algorithm, name = path.parent.name, path.name.removesuffix(_MAP)
+    ours = re.fullmatch(r"[0-9a-f]+", name) and len(name) == ALGORITHMS.get(algorithm)
+    return f"{algorithm}:{name}" if ours and path.is_file() and not path.is_symlink() else ""
