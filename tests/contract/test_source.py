@@ -24,8 +24,10 @@ from blockdev.source.blob import RegistryBlob
 from blockdev.source.file import FileSource
 from blockdev.source.retrying import Retrying, patiently
 from tests.fakes.blob_server import REPOSITORY, BlobServer
+from tests.fakes.fault_proxy import FaultProxy
 from tests.fakes.memory_source import MemorySource
 from tests.registries import Registry
+from tests.small_image import SECRET, provider
 
 CONTENT = os.urandom((1 << 20) + 4321)
 DIGEST = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
@@ -76,6 +78,28 @@ def redirected_blob() -> Iterator[Subject]:
 
 
 @pytest.fixture
+def proxied_blob(registry: Registry) -> Iterator[Subject]:
+    with FaultProxy(registry.host) as proxy:
+        client = Client(proxy.host, Provider(), timeouts=Timeouts(stall=1))
+        client.upload(REPOSITORY, DIGEST, len(CONTENT), io.BytesIO(CONTENT))
+        source = RegistryBlob(client, REPOSITORY, DIGEST, len(CONTENT), no_spill)
+        yield Subject(source, registry.stop, registry.start)
+        client.close()
+
+
+@pytest.fixture
+def proxied_login_and_redirect(registry: Registry, tmp_path: Path) -> Iterator[Subject]:
+    pusher = Client(registry.host, Provider())
+    pusher.upload(REPOSITORY, DIGEST, len(CONTENT), io.BytesIO(CONTENT))
+    pusher.close()
+    with FaultProxy(registry.host, login=f"ann:{SECRET}", redirects=True) as proxy:
+        client = Client(proxy.host, provider(tmp_path, proxy.host), timeouts=Timeouts(stall=1))
+        source = RegistryBlob(client, REPOSITORY, DIGEST, len(CONTENT), no_spill)
+        yield Subject(source, registry.stop, registry.start)
+        client.close()
+
+
+@pytest.fixture
 def memory() -> Subject:
     source = MemorySource(CONTENT)
     return Subject(source, lambda: setattr(source, "well", False), lambda: setattr(source, "well", True))
@@ -86,7 +110,18 @@ def retrying(memory: Subject) -> Subject:
     return Subject(Retrying(memory.source, Backoff()), memory.damage, memory.mend)
 
 
-@pytest.fixture(params=["file", "registry_blob", "redirected_blob", "memory", "retrying"])
+SUBJECTS = (
+    "file",
+    "registry_blob",
+    "redirected_blob",
+    "proxied_blob",
+    "proxied_login_and_redirect",
+    "memory",
+    "retrying",
+)
+
+
+@pytest.fixture(params=SUBJECTS)
 def subject(request: pytest.FixtureRequest) -> Subject:
     found = request.getfixturevalue(request.param)
     assert isinstance(found, Subject)

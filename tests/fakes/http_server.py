@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
 
+TRICKLE_PAUSE = 1.0  # seconds between two bytes
 PIECE_WAIT = 20.0  # seconds an answer waits for its gate at most: longer than any client's patience here
 
 
@@ -38,15 +42,26 @@ class Seen:
         return int(first), int(last)
 
 
+class Ending(Enum):
+    """What comes after `cut` bytes of a body."""
+
+    CLOSE = "the connection is closed in order"
+    RESET = "the connection is reset"
+    STALL = "nothing, until the client leaves"
+    TRICKLE = "the rest, a byte a second, until the client leaves"
+
+
 @dataclass
 class Answer:
-    """A reply. `body` is sent up to `cut` bytes (then the connection is closed), and from byte
-    `hold_at` on only once `gate` is set."""
+    """A reply. `body` is sent up to `cut` bytes, where `ending` says how it goes on; from byte
+    `hold_at` on only once `gate` is set. `mute`: not even a head is sent."""
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     cut: int | None = None
+    ending: Ending = Ending.CLOSE
+    mute: bool = False
     gate: threading.Event | None = None
     hold_at: int = 0
 
@@ -58,6 +73,7 @@ class HttpServer:
         self.answer = answer
         self.seen: list[Seen] = []
         self.connections: list[socket.socket] = []
+        self.closing = threading.Event()
         self._scheme = "https" if tls else "http"
         self._server = _Server(("127.0.0.1", 0), _handler(self))
         if tls:
@@ -74,12 +90,18 @@ class HttpServer:
         return f"{self._scheme}://{self.host}"
 
     def close(self) -> None:
+        self.closing.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Break all connections there are."""
         for connection in self.connections:
             with contextlib.suppress(OSError):  # the client was first
                 connection.shutdown(socket.SHUT_RDWR)
+        self.connections.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -118,6 +140,13 @@ def _handler(server: HttpServer) -> type[BaseHTTPRequestHandler]:
             self.reply(server.answer(seen))
 
         def reply(self, answer: Answer) -> None:
+            if not answer.mute:
+                self.send_answer(answer)
+            if answer.mute or answer.cut is not None:
+                self.close_connection = True
+                self.end(answer)
+
+        def send_answer(self, answer: Answer) -> None:
             self.send_response(answer.status)
             for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
                 self.send_header(name, value)
@@ -130,8 +159,18 @@ def _handler(server: HttpServer) -> type[BaseHTTPRequestHandler]:
                 answer.gate.wait(PIECE_WAIT)
                 body = body[answer.hold_at :]
             self.wfile.write(body)
-            if answer.cut is not None:
-                self.close_connection = True
+
+        def end(self, answer: Answer) -> None:
+            """As the answer's ending says; the connection is closed after it."""
+            if answer.ending is Ending.RESET:
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                os.close(self.connection.detach())  # at once: the server itself would say goodbye first
+            rest = iter(answer.body[answer.cut :])
+            while answer.ending in (Ending.STALL, Ending.TRICKLE) and not server.closing.wait(TRICKLE_PAUSE):
+                if answer.ending is Ending.TRICKLE:
+                    self.wfile.write(bytes([next(rest, 0)]))
+                elif _has_left(self.connection):
+                    return
 
         do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_any
 
@@ -139,6 +178,14 @@ def _handler(server: HttpServer) -> type[BaseHTTPRequestHandler]:
             """`seen` is the log."""
 
     return Handler
+
+
+def _has_left(connection: socket.socket) -> bool:
+    """Whether the client has closed; what it sends instead is not read any more."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
 
 
 def ranged(seen: Seen, content: bytes) -> Answer:
