@@ -7,8 +7,8 @@
  * moved to the end of the grown array and the result written from the front, so an index
  * never needs twice its memory.
  *
- * A log (RW pair) is chronological instead: each chunk of it is made into a sorted list
- * and laid over what came before.
+ * A log (RW pair) is chronological instead: the later half of a chunk of it is laid over
+ * the earlier one, each made of its halves in the same way.
  */
 #include "index.h"
 
@@ -39,8 +39,8 @@
 /* Of all layers merged: 160 MB. The largest image seen has 400,000; without a limit, 255
  * hostile layers of a few KiB each, compressed, could make 4 GB. */
 #define INDEX_ENTRIES_MAX 10000000u
-/* Entries of a log or a flat layer laid over at one time: at most 28 MB of work space. */
-#define CHUNK (512u << 10)
+/* Entries read and laid over at one time: at most 20 MB of work space. */
+#define CHUNK (256u << 10)
 /* Table bytes read at one time, a multiple of an entry's size. */
 #define PIECE (1u << 20)
 /* Mappings made for a layer without an index; a multiple of any ZFile block (64 KiB). */
@@ -65,7 +65,7 @@ static struct segment seg_part(struct segment s, uint64_t from, uint64_t to)
 
 /* ---- lists ---- */
 
-/* A growing list in a buffer its owner has made large enough. */
+/* Grows in a buffer its owner has made large enough, or shrinks from the front. */
 struct list {
 	struct segment *at;
 	size_t count;
@@ -83,71 +83,50 @@ static void list_add(struct list *list, struct segment s)
 		list->at[list->count++] = s;
 }
 
-/* The list being covered, from the front. */
-struct rest {
-	const struct segment *at, *end;
-	struct segment head;         /* what is left of *at, if at < end */
-};
-
-static void rest_next(struct rest *rest)
+/* Take from the front of `rest` what lies before sector `to`, and append it to `out` unless that is NULL. */
+static void list_move(struct list *rest, uint64_t to, struct list *out)
 {
-	if (++rest->at < rest->end)
-		rest->head = *rest->at;
-}
+	for (; rest->count > 0 && seg_offset(*rest->at) < to; rest->at++, rest->count--) {
+		uint64_t end = seg_end(*rest->at);
 
-/* Copy what lies before sector `to`. */
-static void rest_keep(struct rest *rest, uint64_t to, struct list *out)
-{
-	while (rest->at < rest->end && seg_offset(rest->head) < to) {
-		uint64_t end = seg_end(rest->head);
-
+		if (out)
+			list_add(out, seg_part(*rest->at, seg_offset(*rest->at), min_u64(end, to)));
 		if (end > to) {
-			list_add(out, seg_part(rest->head, seg_offset(rest->head), to));
-			rest->head = seg_part(rest->head, to, end);
+			*rest->at = seg_part(*rest->at, to, end);
 			return;
 		}
-		list_add(out, rest->head);
-		rest_next(rest);
 	}
 }
 
-/* Forget what lies before sector `to`. */
-static void rest_cut(struct rest *rest, uint64_t to)
+/* Both sorted and without overlaps; `lower` is used up. Each upper entry adds itself and at
+ * most splits one lower entry: `out` may be in lower's buffer, 2 * upper.count before it. */
+static size_t lay(struct segment *out, struct list lower, struct list upper)
 {
-	while (rest->at < rest->end && seg_end(rest->head) <= to)
-		rest_next(rest);
-	if (rest->at < rest->end && seg_offset(rest->head) < to)
-		rest->head = seg_part(rest->head, to, seg_end(rest->head));
+	struct list list = {out, 0};
+
+	for (size_t i = 0; i < upper.count; i++) {
+		list_move(&lower, seg_offset(upper.at[i]), &list);
+		list_move(&lower, seg_end(upper.at[i]), NULL);
+		list_add(&list, upper.at[i]);
+	}
+	list_move(&lower, UINT64_MAX, &list);
+	return list.count;
 }
 
-/* Lay `upper`, sorted and without overlaps, over the index. */
-static int lay_over(struct index *index, const struct segment *upper, size_t count)
+static int lay_over(struct index *index, struct list upper)
 {
-	/* Each upper entry adds itself and at most splits one lower entry: the output stays
-	 * behind the input if the input starts 2 * count further on (+ 1: never zero bytes). */
-	size_t gap = 2 * count + 1;
+	size_t gap = 2 * upper.count + 1;   /* + 1: never zero bytes */
 	struct segment *entries = realloc(index->entries, (index->count + gap) * sizeof(*entries));
 
 	if (!entries)
 		return status_set(ENOMEM, "index: no memory for %zu entries", index->count + gap);
 	memmove(entries + gap, entries, index->count * sizeof(*entries));
-
-	struct list out = {entries, 0};
-	struct rest rest = {entries + gap - 1, entries + gap + index->count, {0, 0}};
-	rest_next(&rest);
-	for (size_t i = 0; i < count; i++) {
-		rest_keep(&rest, seg_offset(upper[i]), &out);
-		rest_cut(&rest, seg_end(upper[i]));
-		list_add(&out, upper[i]);
-	}
-	rest_keep(&rest, UINT64_MAX, &out);
-
+	index->count = lay(entries, (struct list){entries + gap, index->count}, upper);
 	index->entries = entries;
-	index->count = out.count;
-	if (out.count > INDEX_ENTRIES_MAX)
-		return status_set(EBADMSG, "index: %zu entries in all layers so far: more than %u", out.count,
+	if (index->count > INDEX_ENTRIES_MAX)
+		return status_set(EBADMSG, "index: %zu entries in all layers so far: more than %u", index->count,
 		                  INDEX_ENTRIES_MAX);
-	entries = realloc(index->entries, (out.count + 1) * sizeof(*entries));
+	entries = realloc(entries, (index->count + 1) * sizeof(*entries));
 	if (entries)
 		index->entries = entries;
 	return 0;
@@ -160,6 +139,8 @@ struct bounds {
 	uint64_t data_end;           /* sectors of the file that hold data */
 	uint64_t limit;              /* first sector no entry may reach past */
 	uint64_t tag;                /* the layer's number, in place */
+	bool sorted;                 /* a sealed layer's: each after `end`, none empty */
+	uint64_t end;
 };
 
 static int bounds_of(const ob_layer *layer, uint32_t number, struct bounds *out)
@@ -176,6 +157,8 @@ static int bounds_of(const ob_layer *layer, uint32_t number, struct bounds *out)
 	/* An end past 2^50 has no 50-bit number once the front is trimmed to it. */
 	out->limit = min_u64(out->limit, OFFSET_MASK + 1);
 	out->tag = (uint64_t)number << LAYER_SHIFT;
+	out->sorted = layer->kind == OB_LAYER_SEALED;
+	out->end = 0;
 	return 0;
 }
 
@@ -207,211 +190,82 @@ static int table_read(const ob_layer *layer, uint64_t first, size_t count, struc
 	int status = 0;
 
 	for (uint64_t done = 0; status == 0 && done < length; done += PIECE)
-		status = file_read(layer->index, offset + done, (uint8_t *)out + done, min_u64(PIECE, length - done));
+		status = ob_file_read(layer->index, offset + done, (uint8_t *)out + done, min_u64(PIECE, length - done));
 	for (size_t i = 0; status == 0 && i < count; i++)
 		out[i] = (struct segment){le64toh(out[i].lo), le64toh(out[i].hi)};
 	return status;
 }
 
-static int table_check(const ob_layer *layer, uint64_t most)
+/* Check the table's `count` entries, the first being the layer's entry `first`; those that
+ * map something move to its front and become `count`. */
+static int table_check(struct segment *table, size_t *count, struct bounds *bounds, uint64_t first)
 {
-	uint64_t size = ob_file_size(layer->index);
-
-	if (layer->index_count > most)
-		return status_set(EBADMSG, "index: %llu entries: more than %llu", (unsigned long long)layer->index_count,
-		                  (unsigned long long)most);
-	if (!range_inside(layer->index_offset, layer->index_count * sizeof(struct segment), size))
-		return status_set(EBADMSG, "index: %llu entries at %llu: end past the file's %llu bytes",
-		                  (unsigned long long)layer->index_count, (unsigned long long)layer->index_offset,
-		                  (unsigned long long)size);
-	return 0;
-}
-
-/* ---- sealed: sorted by offset ---- */
-
-/* Check the table's `count` entries and move those that count to its front. */
-static int sealed_check(struct segment *table, size_t count, const struct bounds *bounds, size_t *kept)
-{
-	uint64_t end = 0;
 	size_t keep = 0;
 
-	for (size_t i = 0; i < count; i++) {
+	for (size_t i = 0; i < *count; i++) {
 		struct segment s = table[i];
+		unsigned long long n = first + i;
 
-		if (seg_offset(s) == PADDING)
+		if (seg_offset(s) == PADDING || (seg_length(s) == 0 && !bounds->sorted))
 			continue;
 		if (seg_length(s) == 0)
-			return status_set(EBADMSG, "index entry %zu: length 0", i);
-		if (seg_offset(s) < end)
-			return status_set(EBADMSG, "index entry %zu: sector %llu: before the end of the entry before it, %llu", i,
-			                  (unsigned long long)seg_offset(s), (unsigned long long)end);
-		end = seg_end(s);
-		int status = entry_check(&s, bounds, i);
+			return status_set(EBADMSG, "index entry %llu: length 0", n);
+		if (bounds->sorted && seg_offset(s) < bounds->end)
+			return status_set(EBADMSG, "index entry %llu: sector %llu: before the end of the entry before it, %llu", n,
+			                  (unsigned long long)seg_offset(s), (unsigned long long)bounds->end);
+		bounds->end = seg_end(s);
+		int status = entry_check(&s, bounds, n);
 		if (status < 0)
 			return status;
 		table[keep++] = s;
 	}
-	*kept = keep;
+	*count = keep;
 	return 0;
 }
 
-static int add_sealed(struct index *index, const ob_layer *layer, const struct bounds *bounds)
+/* What `count` chronological entries show: sorted, in `out`, at most 2 * count; as much is `spare`. */
+static size_t resolve(const struct segment *table, size_t count, struct segment *out, struct segment *spare)
 {
-	size_t kept = 0;
-	int status = table_check(layer, SEALED_ENTRIES_MAX);
-	if (status < 0)
-		return status;
+	size_t half = count / 2;
 
-	struct segment *table = malloc(max_u64(layer->index_count, 1) * sizeof(*table));
-	if (!table)
-		return status_set(ENOMEM, "index: no memory for %llu entries", (unsigned long long)layer->index_count);
-	status = table_read(layer, 0, layer->index_count, table);
-	if (status == 0)
-		status = sealed_check(table, layer->index_count, bounds, &kept);
-	if (status == 0)
-		status = lay_over(index, table, kept);
-	free(table);
-	return status;
-}
-
-/* ---- log: chronological, later entries win ---- */
-
-struct chunk {
-	struct segment *table;       /* as read: position is age */
-	size_t count;
-	uint32_t *order;             /* of table, by offset */
-	uint32_t *heap;              /* positions that may cover the sweep, newest on top */
-	size_t heap_count;
-	struct list out;             /* at most 2 * count pieces are visible */
-};
-
-static int by_offset(const void *a, const void *b, void *table)
-{
-	const struct segment *s = table;
-	uint64_t left = seg_offset(s[*(const uint32_t *)a]), right = seg_offset(s[*(const uint32_t *)b]);
-
-	return (left > right) - (left < right);
-}
-
-static void heap_push(struct chunk *c, uint32_t position)
-{
-	size_t child = c->heap_count++;
-
-	for (; child > 0 && c->heap[(child - 1) / 2] < position; child = (child - 1) / 2)
-		c->heap[child] = c->heap[(child - 1) / 2];
-	c->heap[child] = position;
-}
-
-static void heap_pop(struct chunk *c)
-{
-	uint32_t last = c->heap[--c->heap_count];
-	size_t parent = 0;
-
-	for (size_t child = 1; child < c->heap_count; child = 2 * parent + 1) {
-		if (child + 1 < c->heap_count && c->heap[child + 1] > c->heap[child])
-			child++;
-		if (c->heap[child] <= last)
-			break;
-		c->heap[parent] = c->heap[child];
-		parent = child;
+	if (half == 0) {
+		memcpy(out, table, count * sizeof(*out));
+		return count;
 	}
-	c->heap[parent] = last;
+	struct list lower = {spare, resolve(table, half, spare, out)};
+	struct list upper = {spare + 2 * half, 0};
+	upper.count = resolve(table + half, count - half, upper.at, out);
+	return lay(out, lower, upper);
 }
 
-/* Put out what the newest mappings show from sector *from on: up to where entry `next`
- * starts to cover them, or as far as they go up to sector `to`. */
-static void sweep(struct chunk *c, uint64_t *from, uint64_t to, uint32_t next)
+static int add_table(struct index *index, const ob_layer *layer, struct bounds *bounds)
 {
-	while (c->heap_count > 0) {
-		struct segment top = c->table[c->heap[0]];
-		uint64_t end = seg_end(top);
-
-		if (end > to && next < c->heap[0])
-			return;
-		uint64_t stop = min_u64(end, to);
-		if (*from < stop) {
-			list_add(&c->out, seg_part(top, *from, stop));
-			*from = stop;
-		}
-		if (end > to)
-			return;
-		heap_pop(c);
-	}
-	*from = max_u64(*from, to);
-}
-
-/* Make c->out, sorted and without overlaps, of c->table. */
-static void chunk_resolve(struct chunk *c)
-{
-	uint64_t from = 0;
-
-	c->heap_count = 0;
-	c->out.count = 0;
-	for (size_t i = 0; i < c->count; i++)
-		c->order[i] = (uint32_t)i;
-	qsort_r(c->order, c->count, sizeof(*c->order), by_offset, c->table);
-	for (size_t i = 0; i < c->count; i++) {
-		sweep(c, &from, seg_offset(c->table[c->order[i]]), c->order[i]);
-		heap_push(c, c->order[i]);
-	}
-	sweep(c, &from, OFFSET_MASK + 1, UINT32_MAX);
-}
-
-/* Check a chunk whose first entry is the log's entry `first`; drop what maps nothing. */
-static int chunk_check(struct chunk *c, const struct bounds *bounds, uint64_t first)
-{
-	size_t keep = 0;
-
-	for (size_t i = 0; i < c->count; i++) {
-		struct segment s = c->table[i];
-
-		if (seg_offset(s) == PADDING || seg_length(s) == 0)
-			continue;
-		int status = entry_check(&s, bounds, first + i);
-		if (status < 0)
-			return status;
-		c->table[keep++] = s;
-	}
-	c->count = keep;
-	return 0;
-}
-
-static int add_chunks(struct index *index, const ob_layer *layer, const struct bounds *bounds, struct chunk *c)
-{
+	uint64_t total = layer->index_count, most = bounds->sorted ? SEALED_ENTRIES_MAX : LOG_ENTRIES_MAX;
+	size_t room = min_u64(CHUNK, max_u64(total, 1));
 	int status = 0;
 
-	for (uint64_t first = 0; status == 0 && first < layer->index_count; first += CHUNK) {
-		c->count = min_u64(CHUNK, layer->index_count - first);
-		status = table_read(layer, first, c->count, c->table);
+	if (total > most)
+		return status_set(EBADMSG, "index: %llu entries: more than %llu", (unsigned long long)total,
+		                  (unsigned long long)most);
+	if (!range_inside(layer->index_offset, total * sizeof(struct segment), ob_file_size(layer->index)))
+		return status_set(EBADMSG, "index: %llu entries at %llu: end past the file's %llu bytes",
+		                  (unsigned long long)total, (unsigned long long)layer->index_offset,
+		                  (unsigned long long)ob_file_size(layer->index));
+	struct segment *table = malloc((bounds->sorted ? 1 : 5) * room * sizeof(*table));
+	if (!table)
+		return status_set(ENOMEM, "index: no memory for %zu entries", room);
+	for (uint64_t first = 0; status == 0 && first < total; first += CHUNK) {
+		struct list upper = {table, min_u64(CHUNK, total - first)};
+
+		status = table_read(layer, first, upper.count, table);
 		if (status == 0)
-			status = chunk_check(c, bounds, first);
-		if (status < 0)
-			break;
-		chunk_resolve(c);
-		status = lay_over(index, c->out.at, c->out.count);
+			status = table_check(table, &upper.count, bounds, first);
+		if (status == 0 && !bounds->sorted)
+			upper = (struct list){table + room, resolve(table, upper.count, table + room, table + 3 * room)};
+		if (status == 0)
+			status = lay_over(index, upper);
 	}
-	return status;
-}
-
-static int add_log(struct index *index, const ob_layer *layer, const struct bounds *bounds)
-{
-	int status = table_check(layer, LOG_ENTRIES_MAX);
-	if (status < 0)
-		return status;
-
-	size_t room = min_u64(CHUNK, max_u64(layer->index_count, 1));
-	struct chunk chunk = {.table = malloc(room * sizeof(*chunk.table)),
-	                      .order = malloc(room * sizeof(*chunk.order)),
-	                      .heap = malloc(room * sizeof(*chunk.heap)),
-	                      .out = {malloc(2 * room * sizeof(*chunk.out.at)), 0}};
-	if (chunk.table && chunk.order && chunk.heap && chunk.out.at)
-		status = add_chunks(index, layer, bounds, &chunk);
-	else
-		status = status_set(ENOMEM, "index: no memory for %zu log entries", room);
-	free(chunk.table);
-	free(chunk.order);
-	free(chunk.heap);
-	free(chunk.out.at);
+	free(table);
 	return status;
 }
 
@@ -437,7 +291,7 @@ static int add_flat(struct index *index, const ob_layer *layer, const struct bou
 			table[filled] = (struct segment){offset | length << OFFSET_BITS, bounds->tag | offset};
 			offset += length;
 		}
-		status = lay_over(index, table, filled);
+		status = lay_over(index, (struct list){table, filled});
 	}
 	free(table);
 	return status;
@@ -445,16 +299,15 @@ static int add_flat(struct index *index, const ob_layer *layer, const struct bou
 
 int index_add_layer(struct index *index, const ob_layer *layer, uint32_t number)
 {
-	struct bounds bounds;
+	struct bounds bounds = {0};
 	int status = bounds_of(layer, number, &bounds);
 
 	if (status < 0)
 		return status;
 	switch (layer->kind) {
 	case OB_LAYER_SEALED:
-		return add_sealed(index, layer, &bounds);
 	case OB_LAYER_LOG:
-		return add_log(index, layer, &bounds);
+		return add_table(index, layer, &bounds);
 	case OB_LAYER_FLAT:
 		return add_flat(index, layer, &bounds);
 	default:
