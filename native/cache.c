@@ -11,8 +11,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "crc32c.h"
 #include "engine.h"
+#include "mapping.h"
 #include "readahead.h"
 #include "status.h"
 
@@ -96,6 +96,7 @@ void blob_release(struct ob_blob *blob)
 {
 	if (atomic_fetch_sub(&blob->references, 1) != 1)
 		return;
+	mapping_close(blob);
 	close(blob->data_fd);
 	if (blob->map_fd >= 0)
 		close(blob->map_fd);
@@ -110,21 +111,13 @@ struct ob_blob *blob_ref(struct ob_blob *blob)
 	return blob_hold(blob);
 }
 
-void blob_unref(struct ob_blob *blob)
+void ob_blob_close(struct ob_blob *blob)
 {
+	if (!blob)
+		return;
 	if (atomic_fetch_sub(&blob->users, 1) == 1 && blob->state)
 		fetch_forget(blob);
 	blob_release(blob);
-}
-
-uint64_t blob_size(const struct ob_blob *blob)
-{
-	return blob->size;
-}
-
-struct ob_engine *blob_engine(const struct ob_blob *blob)
-{
-	return blob->engine;
 }
 
 int ob_blob_open_local(struct ob_engine *engine, int fd, uint64_t size, struct ob_blob **out)
@@ -191,14 +184,9 @@ int ob_blob_open_cached(struct ob_engine *engine, int data_fd, int map_fd, const
 		blob_release(blob);
 		return error;
 	}
+	mapping_open(blob);
 	*out = blob;
 	return 0;
-}
-
-void ob_blob_close(struct ob_blob *blob)
-{
-	if (blob)
-		blob_unref(blob);
 }
 
 /* ---- extents ---- */
@@ -220,7 +208,7 @@ uint64_t extent_length(const struct ob_blob *blob, uint64_t extent)
 
 static uint32_t extent_sum(const uint8_t *bytes, uint64_t length)
 {
-	uint32_t sum = ~crc32c(~0u, bytes, length);
+	uint32_t sum = ~ob_crc32c(~0u, bytes, length);
 
 	return sum ? sum : 1;
 }
@@ -417,7 +405,8 @@ int blob_try_read(struct ob_blob *blob, uint64_t offset, void *buffer, uint64_t 
 		return read_fully(blob->data_fd, buffer, length, offset);
 	last = (offset + length - 1) / OB_EXTENT_SIZE;
 	if (last - first < READ_FIRST_EXTENTS && extents_pin(blob, first, last)) {
-		error = read_fully(blob->data_fd, buffer, length, offset);
+		if (!mapping_read(blob, offset, buffer, length))
+			error = read_fully(blob->data_fd, buffer, length, offset);
 		extents_unpin(blob, first, last);
 	} else {
 		error = extents_read(blob, offset, buffer, length);
@@ -471,16 +460,11 @@ static void blob_miss(void *argument, struct parked *parked)
 	blob_want(call->blob, call->offset, call->length, parked);
 }
 
-int blob_read(struct ob_blob *blob, uint64_t offset, void *buffer, uint64_t length)
+int ob_blob_read(struct ob_blob *blob, uint64_t offset, void *buffer, uint64_t length)
 {
 	struct blob_read_call call = { .blob = blob, .offset = offset, .length = length, .buffer = buffer };
 
 	return parked_wait(blob->engine, blob_attempt, blob_miss, &call);
-}
-
-int ob_blob_read(struct ob_blob *blob, uint64_t offset, void *buffer, uint64_t length)
-{
-	return blob_read(blob, offset, buffer, length);
 }
 
 /* ---- content that came or goes by other ways ---- */

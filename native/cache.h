@@ -10,7 +10,7 @@
  *
  * RESIDENT: readable from the lent buffer of its fetch. Transitions are made under the
  * fetch queue's lock; a reader of a PRESENT extent takes none: it pins the word (adds
- * PIN), looks at the kind again, preads, unpins. Whoever takes an extent out of PRESENT
+ * PIN), looks at the kind again, reads, unpins. Whoever takes an extent out of PRESENT
  * waits until its pins are gone before the bytes may change.
  *
  * On disk: docs/formats/presence-map.md. Extents found there are PRESENT but not
@@ -32,6 +32,7 @@ enum {
 	EXTENT_CHECKED = 0x08,   /* CRC seen to be right since the blob was opened */
 	EXTENT_MARK = 0x10,      /* a reader that comes here asks for the next window */
 	EXTENT_RETRIED = 0x20,   /* dropped once for bad content: the next time is final */
+	EXTENT_MAPPED = 0x40,    /* mapping.c's: some of it has been read through the mapping */
 	EXTENT_PIN = 0x100
 };
 
@@ -55,6 +56,8 @@ struct ob_blob {
 	uint64_t table_offset, seal_offset;
 	uint64_t extents;
 	_Atomic uint32_t *state;
+	const uint8_t *bytes;    /* the data file, mapped, or NULL: mapping.c */
+	struct ob_blob *next_mapped;
 	/* guarded by the fetch queue's lock */
 	struct fetch *fetches;   /* all that touch this blob */
 	uint64_t present;        /* extents */
@@ -72,12 +75,9 @@ struct ob_blob {
 };
 
 struct ob_blob *blob_ref(struct ob_blob *blob);
-void blob_unref(struct ob_blob *blob);
 /* A fetch keeps the blob's memory, but does not count as its user. */
 struct ob_blob *blob_hold(struct ob_blob *blob);
 void blob_release(struct ob_blob *blob);
-uint64_t blob_size(const struct ob_blob *blob);
-struct ob_engine *blob_engine(const struct ob_blob *blob);
 
 /* 0, -EAGAIN: some extent is missing, -EINVAL: outside the blob, or -errno. Never waits. */
 int blob_try_read(struct ob_blob *blob, uint64_t offset, void *buffer, uint64_t length);
@@ -85,8 +85,6 @@ int blob_try_read(struct ob_blob *blob, uint64_t offset, void *buffer, uint64_t 
 void blob_want(struct ob_blob *blob, uint64_t offset, uint64_t length, struct parked *parked);
 /* Content in the range failed its check. 1: dropped, read again; 0: that was the last try. */
 int blob_reject(struct ob_blob *blob, uint64_t offset, uint64_t length);
-/* Waits: ob_blob_read(). */
-int blob_read(struct ob_blob *blob, uint64_t offset, void *buffer, uint64_t length);
 
 /* ---- for fetch.c ---- */
 

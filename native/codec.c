@@ -12,7 +12,6 @@
 #include <zstd.h>
 
 #include "checked.h"
-#include "crc32c.h"
 #include "round.h"
 #include "status.h"
 
@@ -136,7 +135,7 @@ int64_t ob_zfile_compress(int codec, uint32_t block_size, int block_crc, const v
 			return status_set(ENOSPC, "compress: block at %llu: does not fit into %llu bytes",
 			                  (unsigned long long)done, (unsigned long long)room);
 		if (block_crc) {
-			uint32_t crc = htole32(crc32c(CODEC_CRC_SEED, to, count));
+			uint32_t crc = htole32(ob_crc32c(CODEC_CRC_SEED, to, count));
 			memcpy(to + count, &crc, sizeof(crc));
 		}
 		to += count + crc_size;

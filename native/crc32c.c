@@ -187,11 +187,6 @@ const struct crc32c_way *crc32c_ways(void)
 	return ways;
 }
 
-uint32_t crc32c(uint32_t seed, const void *buffer, size_t length)
-{
-	return best(seed, buffer, length);
-}
-
 uint32_t ob_crc32c(uint32_t seed, const void *buffer, uint64_t length)
 {
 	return best(seed, buffer, length);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * crc32c.h: CRC32C (Castagnoli, reflected) as the formats use it: no inversion before or
- * after, so crc32c(crc32c(s, a), b) is the CRC of a followed by b.
+ * crc32c.h: the ways this machine has to compute ob_crc32c(): Castagnoli, reflected, no
+ * inversion before or after, so ob_crc32c(ob_crc32c(s, a), b) is that of a followed by b.
  */
 #ifndef OB_CRC32C_H
 #define OB_CRC32C_H
@@ -9,10 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-uint32_t crc32c(uint32_t seed, const void *buffer, size_t length);
-
-/* The ways this machine has to compute it, best first, the portable one last; all give
- * the same number. Ends with a NULL function. For tests and benchmarks. */
+/* Best first, the portable one last; all give the same number. Ends with a NULL function. */
 struct crc32c_way {
 	const char *name;
 	uint32_t (*function)(uint32_t seed, const void *buffer, size_t length);

@@ -31,10 +31,10 @@ static int file_new(struct ob_blob *blob, uint64_t base, uint64_t size, struct z
 
 int ob_file_open_raw(ob_blob *blob, uint64_t base, uint64_t length, ob_file **out)
 {
-	if (!range_inside(base, length, blob_size(blob)))
+	if (!range_inside(base, length, blob->size))
 		return status_set(EINVAL, "open raw file: %llu + %llu: ends past the blob's %llu bytes",
 		                  (unsigned long long)base, (unsigned long long)length,
-		                  (unsigned long long)blob_size(blob));
+		                  (unsigned long long)blob->size);
 	return file_new(blob, base, length, NULL, out);
 }
 
@@ -52,18 +52,13 @@ struct ob_file *file_ref(struct ob_file *file)
 	return file;
 }
 
-void file_unref(struct ob_file *file)
+void ob_file_close(struct ob_file *file)
 {
 	if (!file || atomic_fetch_sub_explicit(&file->references, 1, memory_order_acq_rel) != 1)
 		return;
 	zfile_free(file->z);
-	blob_unref(file->blob);
+	ob_blob_close(file->blob);
 	free(file);
-}
-
-void ob_file_close(ob_file *file)
-{
-	file_unref(file);
 }
 
 uint64_t ob_file_size(ob_file *file)
@@ -114,14 +109,9 @@ static void reading_want(void *argument, struct parked *parked)
 	file_want(r->file, r->offset, r->length, parked);
 }
 
-int file_read(struct ob_file *file, uint64_t offset, void *buffer, uint64_t length)
+int ob_file_read(struct ob_file *file, uint64_t offset, void *buffer, uint64_t length)
 {
 	struct reading reading = {file, offset, length, buffer};
 
-	return parked_wait(blob_engine(file->blob), reading_attempt, reading_want, &reading);
-}
-
-int ob_file_read(ob_file *file, uint64_t offset, void *buffer, uint64_t length)
-{
-	return file_read(file, offset, buffer, length);
+	return parked_wait(file->blob->engine, reading_attempt, reading_want, &reading);
 }

@@ -28,10 +28,7 @@ struct ob_file {
 int file_try_read(struct ob_file *file, uint64_t offset, void *buffer, uint64_t length);
 /* Have what the range needs and lacks fetched for `parked`. No I/O; the range lies inside. */
 void file_want(struct ob_file *file, uint64_t offset, uint64_t length, struct parked *parked);
-/* Waits: ob_file_read(). */
-int file_read(struct ob_file *file, uint64_t offset, void *buffer, uint64_t length);
 
 struct ob_file *file_ref(struct ob_file *file);
-void file_unref(struct ob_file *file);
 
 #endif

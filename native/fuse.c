@@ -22,6 +22,7 @@
 #include <unistd.h>
 
 #include "engine.h"
+#include "mapping.h"
 #include "status.h"
 
 enum {
@@ -57,7 +58,7 @@ static void fuse_free(struct ob_fuse *fuse)
 	pthread_mutex_destroy(&fuse->lock);
 	free(fuse->readers);
 	free(fuse->slots);
-	image_unref(fuse->image);
+	ob_image_close(fuse->image);
 	free(fuse);
 }
 
@@ -127,6 +128,7 @@ static void fuse_trim(struct ob_fuse *fuse, struct slot *mine)
 	for (struct slot *slot = fuse->free; slot; slot = slot->next)
 		slot_trim(slot);
 	pthread_mutex_unlock(&fuse->lock);
+	mapping_trim();
 }
 
 /* ---- threads ---- */

@@ -20,7 +20,7 @@ enum {
 static void image_free(struct ob_image *image)
 {
 	for (uint32_t i = 0; i < image->layer_count; i++)
-		file_unref(image->files[i]);
+		ob_file_close(image->files[i]);
 	free(image->files);
 	index_free(&image->index);
 	engine_unref(image->engine);
@@ -64,16 +64,10 @@ struct ob_image *image_ref(struct ob_image *image)
 	return image;
 }
 
-void image_unref(struct ob_image *image)
-{
-	if (atomic_fetch_sub(&image->references, 1) == 1)
-		image_free(image);
-}
-
 void ob_image_close(struct ob_image *image)
 {
-	if (image)
-		image_unref(image);
+	if (image && atomic_fetch_sub(&image->references, 1) == 1)
+		image_free(image);
 }
 
 uint64_t ob_image_size(struct ob_image *image)

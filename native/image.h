@@ -21,7 +21,6 @@ struct ob_image {
 };
 
 struct ob_image *image_ref(struct ob_image *image);
-void image_unref(struct ob_image *image);
 
 /* Read on from *done, which counts the bytes of buffer that are right. 0 when all of
  * [offset, offset + length) is, -EAGAIN when something is missing, or -errno. */

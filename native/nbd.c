@@ -26,6 +26,7 @@
 #include "checked.h"
 #include "engine.h"
 #include "image.h"
+#include "mapping.h"
 #include "nbdwire.h"
 #include "ob.h"
 #include "request.h"
@@ -136,7 +137,7 @@ static void nbd_unref(struct ob_nbd *nbd)
 	close(nbd->wake);
 	pthread_cond_destroy(&nbd->at_end);
 	pthread_mutex_destroy(&nbd->lock);
-	image_unref(nbd->image);
+	ob_image_close(nbd->image);
 	free(nbd);
 }
 
@@ -299,6 +300,7 @@ static bool nbd_receive(struct ob_nbd *nbd)
 			return false;
 		if (errno == EAGAIN && !nbd->parked) {    /* SO_RCVTIMEO has passed */
 			nbd_trim(nbd);
+			mapping_trim();
 			nbd_wait(nbd, POLLIN, -1);
 		}
 	}

@@ -17,7 +17,6 @@
 
 #include "checked.h"
 #include "codec.h"
-#include "crc32c.h"
 #include "round.h"
 #include "status.h"
 
@@ -136,12 +135,12 @@ static int table_read(struct zfile *z, struct ob_blob *blob, uint32_t *piece)
 		uint64_t count = min_u64(PIECE, h->block_count - first);
 		uint64_t offset = h->base + h->index_offset + first * sizeof(*piece);
 
-		status = blob_read(blob, offset, piece, count * sizeof(*piece));
+		status = ob_blob_read(blob, offset, piece, count * sizeof(*piece));
 		if (status == 0)
 			status = table_grow(z, first + count);
 		if (status == 0)
 			status = table_add(z, piece, first, count, &end);
-		crc = crc32c(crc, piece, count * sizeof(*piece));
+		crc = ob_crc32c(crc, piece, count * sizeof(*piece));
 	}
 	if (status < 0)
 		return status;
@@ -173,7 +172,7 @@ static int table_load(struct zfile *z, struct ob_blob *blob)
 
 int zfile_open(struct ob_blob *blob, const ob_zfile_head *head, struct zfile **out)
 {
-	int status = check_head(head, blob_size(blob));
+	int status = check_head(head, blob->size);
 	if (status < 0)
 		return status;
 
@@ -265,7 +264,7 @@ static int take_block(struct reading *r, uint64_t block, const uint8_t *stored, 
 		uint32_t crc;
 
 		memcpy(&crc, stored + packed, sizeof(crc));
-		if (crc32c(CODEC_CRC_SEED, stored, packed) != le32toh(crc))
+		if (ob_crc32c(CODEC_CRC_SEED, stored, packed) != le32toh(crc))
 			return reject(r, block, "checksum does not match");
 	}
 	bool whole = r->offset == plain && r->end - plain >= length;

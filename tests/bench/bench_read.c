@@ -27,7 +27,6 @@
 #include "../native/check.h"
 #include "../native/random.h"
 #include "codec.h"
-#include "crc32c.h"
 
 enum {
 	PAGE = 4096,
@@ -198,7 +197,7 @@ static void bare_block(const struct part *part, ZSTD_DCtx *context, size_t block
 	uint32_t crc;
 
 	memcpy(&crc, in + packed, sizeof(crc));
-	CHECK(crc32c(CODEC_CRC_SEED, in, packed) == le32toh(crc));
+	CHECK(ob_crc32c(CODEC_CRC_SEED, in, packed) == le32toh(crc));
 	if (context)
 		CHECK(!ZSTD_isError(ZSTD_decompressDCtx(context, out, layer->block_size, in, packed)));
 	else
