@@ -17,6 +17,8 @@ VERSION_COMMANDS = {  # foreign programs whose version changes a figure
     "qemu": ["qemu-nbd", "--version"],
     "docker-registry": ["docker-registry", "--version"],
     "mkfs.erofs": ["mkfs.erofs", "-V"],
+    "curl": ["curl", "--version"],
+    "nginx": ["nginx", "-v"],
 }
 
 

@@ -6,53 +6,93 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+from tools.bench_programs import program
 from tools.bench_servers import Served
 
+READER = Path(__file__).parent / "bench_reader.py"
+PYTHON = "/usr/bin/python3"  # Debian's own interpreter: python3-libnbd belongs to no other
 
-def nbdcopy(served: Served) -> float:
-    """Seconds to read a whole export, as nbdcopy likes it (several connections)."""
+
+@dataclass(frozen=True)
+class Reading:
+    """What a reader did."""
+
+    seconds: float
+    reads: float
+    bytes: float
+
+
+def nbdcopy(served: Served, size: int) -> Reading:
+    """A whole export, as nbdcopy likes it (several connections)."""
     start = time.monotonic()
     subprocess.run(["nbdcopy", served.address, "null:"], check=True)
-    return time.monotonic() - start
+    return Reading(time.monotonic() - start, 0, size)
 
 
-def _fio(arguments: list[str], runtime: float) -> dict[str, float]:
+def copy_file(served: Served, size: int) -> Reading:
+    """A whole file in 1 MiB reads through the page cache, one after the other."""
+    start = time.monotonic()
+    subprocess.run(["dd", f"if={served.address}", "of=/dev/null", "bs=1M", "status=none"], check=True)
+    return Reading(time.monotonic() - start, 0, size)
+
+
+def _fio(arguments: list[str], runtime: float = 0) -> Reading:
     command = ["fio", "--name=bench", "--output-format=json", "--randrepeat=1", "--norandommap"]
     if runtime:
-        command += ["--time_based", f"--runtime={runtime}"]
+        command += ["--time_based", f"--runtime={runtime * 1000:.0f}ms"]
     output = subprocess.run([*command, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
     # Engines print remarks of their own before the JSON.
     read = json.loads(output[output.index("{") :])["jobs"][0]["read"]
-    return {"iops": read["iops"], "bytes": read["io_bytes"], "seconds": read["runtime"] / 1000}
+    return Reading(read["runtime"] / 1000, read["total_ios"], read["io_bytes"])
 
 
-def fio_nbd(served: Served, size: int, depth: int, runtime: float) -> dict[str, float]:
+def random_nbd(served: Served, size: int, depth: int, runtime: float) -> Reading:
     """4 KiB random reads over one NBD connection."""
     arguments = ["--ioengine=nbd", f"--uri={served.address}", "--rw=randread", "--bs=4k"]
     return _fio([*arguments, f"--iodepth={depth}", f"--size={size}"], runtime)
 
 
-def fio_file(served: Served, depth: int, runtime: float) -> dict[str, float]:
-    """4 KiB random reads of a file, past the page cache."""
-    arguments = ["--ioengine=libaio", f"--filename={served.address}", "--direct=1", "--rw=randread", "--bs=4k"]
-    return _fio([*arguments, f"--iodepth={depth}", "--readonly"], runtime)
+def random_files(names: Sequence[str | Path], depth: int, runtime: float) -> Reading:
+    """4 KiB random reads of files, past the page cache."""
+    return _fio([*_files(names), "--rw=randread", "--bs=4k", f"--iodepth={depth}"], runtime)
 
 
-def fio_file_sequential(served: Served) -> dict[str, float]:
-    """One pass over a file in 1 MiB reads, four at a time, past the page cache."""
-    arguments = ["--ioengine=libaio", f"--filename={served.address}", "--direct=1", "--rw=read", "--bs=1m"]
-    return _fio([*arguments, "--iodepth=4", "--readonly"], 0)
+def sequential_files(names: Sequence[str | Path]) -> Reading:
+    """One pass over files in 1 MiB reads, four at a time, past the page cache."""
+    return _fio([*_files(names), "--rw=read", "--bs=1m", "--iodepth=4", "--file_service_type=sequential"])
 
 
-def fio_nbd_sequential(served: Served, size: int) -> dict[str, float]:
-    """The first `size` bytes in 256 KiB reads, eight at a time, over one NBD connection."""
-    arguments = ["--ioengine=nbd", f"--uri={served.address}", "--rw=read", "--bs=256k", "--iodepth=8"]
-    return _fio([*arguments, f"--size={size}"], 0)
+def _files(names: Sequence[str | Path]) -> list[str]:
+    return ["--ioengine=libaio", f"--filename={':'.join(map(str, names))}", "--direct=1", "--readonly"]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Requests that were answered, each with its microseconds."""
+
+    seconds: float
+    microseconds: list[float]
+
+
+def reads_at(served: Served, offsets: Sequence[int], depth: int) -> Answers:
+    """4 KiB at each offset over one NBD connection, so many at a time."""
+    offsets_text = "".join(f"{offset}\n" for offset in offsets)
+    command = [PYTHON, READER, served.address, str(depth)]
+    output = subprocess.run(command, check=True, input=offsets_text, stdout=subprocess.PIPE, text=True).stdout
+    return Answers(**json.loads(output))
+
+
+def http_ranges(wanted: Path, clients: int) -> Answers:
+    """Each of the ranges in a list ("FIRST-LAST URL" lines), by so many kept-alive libcurl clients."""
+    command = [program("http_ranges"), wanted, str(clients)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return Answers(**json.loads(output))
 
 
 def first_read(served: Served) -> None:
     """One 4 KiB read by a client that starts and ends with it."""
-    # Debian's own interpreter: python3-libnbd belongs to no other.
-    command = ["/usr/bin/python3", "-m", "nbd", "-u", served.address, "-c", "h.pread(4096, 1 << 20)"]
-    subprocess.run(command, check=True)
+    subprocess.run([PYTHON, "-m", "nbd", "-u", served.address, "-c", "h.pread(4096, 1 << 20)"], check=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The servers of a bench, as context managers: ours, nbdkit, qemu-nbd, a registry, a link.
+"""The servers of a bench, as context managers: ours, nbdkit, qemu-nbd, and what lies under them.
 
 Each gives something with a place to read from and the pids that serve it, so that a row
 can say what a byte cost in processor time and not only how fast it came.
@@ -7,13 +7,11 @@ can say what a byte cost in processor time and not only how fast it came.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +20,7 @@ from pathlib import Path
 
 START_WAIT = 30.0  # seconds until a server must accept connections
 STOP_WAIT = 15.0  # seconds it may take to leave
-TICKS = os.sysconf("SC_CLK_TCK")
-TOOLS = Path(__file__).parent
+CPUCLOCK_SCHED = 2  # of the kernel's clock numbers: time on a processor, user and system
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,8 @@ class Served:
 
 
 def _cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
+    # The process's own clock (clock_getcpuclockid(3)): all threads, ended ones too, in nanoseconds.
+    return time.clock_gettime(~pid << 3 | CPUCLOCK_SCHED)
 
 
 def wait_until(ready: object, what: str, timeout: float = START_WAIT) -> None:
@@ -58,7 +55,7 @@ def _connects(family: socket.AddressFamily, address: object) -> bool:
 
 
 @contextmanager
-def _running(command: list[str | Path], log: Path, **options: object) -> Iterator[subprocess.Popen[str]]:
+def running(command: list[str | Path], log: Path, **options: object) -> Iterator[subprocess.Popen[str]]:
     with log.open("a") as errors:
         process = subprocess.Popen(command, stderr=errors, text=True, **options)  # type: ignore[call-overload]
     try:
@@ -78,7 +75,7 @@ def nbdkit(folder: Path, *plugin: str) -> Iterator[Served]:
     """nbdkit with a plugin and its parameters, read-only, as it comes."""
     sock = folder / "nbdkit.sock"
     sock.unlink(missing_ok=True)
-    with _running(["nbdkit", "-f", "-r", "-U", str(sock), *plugin], folder / "log") as process:
+    with running(["nbdkit", "-f", "-r", "-U", str(sock), *plugin], folder / "log") as process:
         wait_until(lambda: sock.exists() and _connects(socket.AF_UNIX, str(sock)), "nbdkit")
         yield Served(f"nbd+unix:///?socket={sock}", (process.pid,))
 
@@ -88,7 +85,7 @@ def qemu_nbd(folder: Path, qcow2: Path) -> Iterator[Served]:
     """qemu-nbd on a qcow2 file, read-only, for eight connections."""
     sock = folder / "qemu.sock"
     command = ["qemu-nbd", "-r", "-t", "-f", "qcow2", "--shared=8", "-k", str(sock), str(qcow2)]
-    with _running(command, folder / "log") as process:
+    with running(command, folder / "log") as process:
         wait_until(lambda: sock.exists() and _connects(socket.AF_UNIX, str(sock)), "qemu-nbd")
         yield Served(f"nbd+unix:///?socket={sock}", (process.pid,))
 
@@ -98,7 +95,7 @@ def nbdfuse(folder: Path, uri: str, server: Served) -> Iterator[Served]:
     """libnbd's FUSE file over an NBD server."""
     file = folder / "nbdfuse"
     file.touch()
-    with _running(["nbdfuse", "-r", "-C", "4", str(file), uri], folder / "log") as process:
+    with running(["nbdfuse", "-r", "-C", "4", str(file), uri], folder / "log") as process:
         wait_until(lambda: file.stat().st_dev != folder.stat().st_dev, "nbdfuse")
         try:
             yield Served(str(file), (*server.pids, process.pid))
@@ -131,7 +128,7 @@ class Ociblk:
     def serve(self, image: str | Path, sock: Path) -> Iterator[Served]:
         command = [self.command, "serve", str(image), "--socket", str(sock)]
         log = sock.with_suffix(".log")
-        with _running(command, log, env=self.environment, stdout=subprocess.PIPE) as process:
+        with running(command, log, env=self.environment, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             uri = process.stdout.readline().strip()
             if not uri:
@@ -147,35 +144,28 @@ class Ociblk:
         finally:
             self.run("umount", file)
 
-
-@contextmanager
-def registry(folder: Path) -> Iterator[tuple[str, Path]]:
-    """docker-registry on loopback: its host:port and its access log."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    config, access = folder / "registry.yml", folder / "access"
-    config.write_text(
-        json.dumps(  # JSON is YAML
-            {
-                "version": 0.1,
-                "log": {"level": "error"},
-                "storage": {"filesystem": {"rootdirectory": str(folder / "registry")}},
-                "http": {"addr": f"127.0.0.1:{port}"},
-            }
-        )
-    )
-    command: list[str | Path] = ["docker-registry", "serve", config]
-    with access.open("a") as out, _running(command, folder / "log", stdout=out):
-        wait_until(lambda: _connects(socket.AF_INET, ("127.0.0.1", port)), "docker-registry")
-        yield f"127.0.0.1:{port}", access
+    @contextmanager
+    def mount(self, image: str, point: Path) -> Iterator[Served]:
+        point.mkdir(exist_ok=True)
+        self.run("mount", image, point)
+        try:
+            yield Served(str(point), (self.owner(),))
+        finally:
+            self.run("umount", point)
 
 
 @contextmanager
-def link(folder: Path, target: str, delay_ms: float, rate: float) -> Iterator[str]:
-    """A slow way to a host:port; its own host:port."""
-    port = target.rpartition(":")[2]
-    command: list[str | Path] = [sys.executable, TOOLS / "bench_link.py", port, str(delay_ms), str(rate)]
-    with _running(command, folder / "log", stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        yield f"127.0.0.1:{process.stdout.readline().strip()}"
+def loop_mount(file: Served, point: Path) -> Iterator[Served]:
+    """A file system in a served file, by a loop device with direct I/O. The loop device's own
+    kernel threads are nobody's processor time."""
+    point.mkdir(exist_ok=True)
+    command = ["losetup", "--find", "--show", "--read-only", "--direct-io=on", file.address]
+    device = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    try:
+        subprocess.run(["mount", "-o", "ro", device, point], check=True)
+        try:
+            yield Served(str(point), file.pids)
+        finally:
+            subprocess.run(["umount", point], check=True)
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
