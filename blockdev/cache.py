@@ -197,6 +197,15 @@ class Cache:
                 freed += found.allocated
         return Pruned(tuple(removed), tuple(kept), freed)
 
+    def size_of(self, digest: str) -> int | None:
+        """Bytes of a blob that has a usable entry."""
+        found = entryfiles.look(self._blobs, digest)
+        return None if found.flaw else found.size
+
+    def digests(self) -> list[str]:
+        """Every entry."""
+        return entryfiles.digests(self._blobs)
+
     def verified(self, digest: str) -> bool:
         """Whether a blob that is in use is known to be whole and right."""
         with self._lock:

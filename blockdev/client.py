@@ -10,6 +10,7 @@ that dies in the middle of a call is a DeviceError, never a wait.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import select
 import subprocess
@@ -23,10 +24,13 @@ from blockdev.control import Body, Channel
 from blockdev.errors import DeviceError, EngineError
 from blockdev.root import Root
 
+log = logging.getLogger(__name__)
+
 HELLO_LIMIT = 10.0  # seconds for an owner to answer at all: it is alive but stopped, or drowning
 START_LIMIT = 30.0  # seconds for a new owner: waits up to 10 for an old one to leave, then imports on a busy machine
 
 Progress = Callable[[Body], None]
+Notice = Callable[[str], None]  # one line that the owner has for the command's user
 
 
 class OwnerGone(DeviceError):
@@ -40,9 +44,10 @@ class OwnerSilent(DeviceError):
 class Connection:
     """A conversation with the owner. For one thread."""
 
-    def __init__(self, channel: Channel, root: Root) -> None:
+    def __init__(self, channel: Channel, root: Root, notice: Notice) -> None:
         self._channel = channel
         self._root = root
+        self._notice = notice
 
     def call(
         self,
@@ -76,9 +81,11 @@ class Connection:
                 raise self._gone(op)
             message.close()
             control.raise_error(message.body)
-            if "progress" not in message.body:
+            if "notice" in message.body:
+                self._notice(message.body["notice"])
+            elif "progress" not in message.body:
                 return message.body
-            if progress:
+            elif progress:
                 progress(message.body["progress"])
 
     def fileno(self) -> int:
@@ -98,31 +105,33 @@ class Connection:
         self.close()
 
 
-def connect(root: Root) -> Connection:
+def connect(root: Root, notice: Notice = log.warning) -> Connection:
     """A connection to the root's owner, which is started if there is none."""
-    connection = connect_to_live(root)
+    connection = connect_to_live(root, notice=notice)
     if connection:
         return connection
     root.prepare()
     deadline = time.monotonic() + START_LIMIT
     while time.monotonic() < deadline:
         with root.starting(deadline - time.monotonic()):
-            connection = connect_to_live(root)
+            connection = connect_to_live(root, notice=notice)
             if not connection:
                 _start_owner(root, deadline)
-                connection = connect_to_live(root)
+                connection = connect_to_live(root, notice=notice)
         if connection:  # else it has left already: told to stop by somebody, most likely
             return connection
     raise DeviceError(f"starting the owner failed: {root.path}: it does not stay")
 
 
-def connect_to_live(root: Root, timeout: float = HELLO_LIMIT) -> Connection | None:
+def connect_to_live(
+    root: Root, timeout: float = HELLO_LIMIT, *, notice: Notice = log.warning
+) -> Connection | None:
     """A connection to the root's owner, or None if there is none. OwnerSilent after `timeout` seconds."""
     try:
         channel = control.connect(root.socket, timeout)
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
         return None
-    connection = Connection(channel, root)
+    connection = Connection(channel, root, notice)
     try:
         connection.call("hello", timeout=timeout)
     except OwnerGone:

@@ -154,6 +154,7 @@ class Device:
             "local_bytes": present,
             "fetched_bytes": sum(stat.fetched_bytes for stat in stats),
             "requests": sum(stat.fetches for stat in stats),
+            "remark": self.stack.remark,
             "error": self.error,
             "blobs": [
                 {"name": named.name, **asdict(stat)} for named, stat in zip(self.stack.blobs, stats, strict=False)

@@ -18,7 +18,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from blockdev.build.verify import Progress, Verified
-from blockdev.cache import Cache
+from blockdev.cache import Cache, Pruned
+from blockdev.catalog import Catalog
 from blockdev.config import Policy
 from blockdev.device import Device, NbdTransport
 from blockdev.engine import Engine, Event, EventKind
@@ -31,7 +32,7 @@ from blockdev.stack import Stack, open_local, open_part
 from blockdev.supply import Supply
 
 if TYPE_CHECKING:
-    from blockdev.remote import Remotes
+    from blockdev.remote import Remotes, Tell
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Owner:
         self._root = root
         self._engine = Engine()
         self.cache = Cache(root.blobs, self._engine)
+        self._catalog = Catalog(root.catalog)
         self._supply = Supply(self._engine, self.cache)
         self._remotes: Remotes | None = None
         self._devices: dict[int, Device] = {}
@@ -56,29 +58,36 @@ class Owner:
 
     # ---- for sessions ----
 
-    def open(self, origin: Origin, access: Mapping[str, Any] | None, policy: Policy) -> Stack:
+    def open(self, origin: Origin, access: Mapping[str, Any] | None, policy: Policy, tell: Tell) -> Stack:
         """Open an image. access says how to reach its registry, and is None if all of it is local.
 
-        Waits for the registry: as long as `policy` says for what has to be read of a blob.
+        Waits for the registry: as long as `policy` says for what has to be read of a blob. What its
+        user should know of how it was found is told at once, in one line.
         """
         if access is None:
             return open_local(self._engine, origin)
+        remarks: list[str] = []
+
+        def note(line: str) -> None:
+            remarks.append(line)
+            tell(line)
+
         with ExitStack() as undo:
-            blobs = self._open_lowers(origin, access, policy, undo)
+            blobs = self._open_lowers(origin, access, policy, undo, note)
             upper = [open_part(self._engine, part, undo) for part in origin.upper]
             image = open_image(self._engine, blobs, (upper[0], upper[1]) if upper else None)
-            return Stack(origin, image, [*blobs, *upper], undo.pop_all())
+            return Stack(origin, image, [*blobs, *upper], undo.pop_all(), remark="; ".join(remarks))
 
     def verify(self, stack: Stack, progress: Progress) -> list[Verified]:
         """Read all of an opened image, and check it."""
         return stack.verify(self._engine, progress)
 
     def _open_lowers(
-        self, origin: Origin, access: Mapping[str, Any], policy: Policy, undo: ExitStack
+        self, origin: Origin, access: Mapping[str, Any], policy: Policy, undo: ExitStack, tell: Tell
     ) -> list[NamedBlob]:
         remotes = self._get_remotes()
         if origin.reference:
-            return remotes.open_reference(origin.reference, access, policy, undo)
+            return remotes.open_reference(origin.reference, access, policy, undo, tell)
         return [
             open_part(self._engine, part, undo) if part.fd >= 0 else remotes.open_part(part, access, policy, undo)
             for part in origin.layers
@@ -89,8 +98,14 @@ class Owner:
         from blockdev.remote import Remotes
 
         with self._lock:
-            self._remotes = self._remotes or Remotes(self._supply)
+            self._remotes = self._remotes or Remotes(self._supply, self.cache, self._catalog)
             return self._remotes
+
+    def prune(self) -> Pruned:
+        """Remove the blobs that are not in use, and what is known of images that have none any more."""
+        pruned = self.cache.prune()
+        self._catalog.prune(self.cache.digests)
+        return pruned
 
     def add_device(self, stack: Stack) -> Device:
         """A new device of an opened image, which is the device's from now on."""

@@ -2,22 +2,27 @@
 """Images of registries: from a reference to blobs that fill as they are read.
 
 A Client holds connections and a login; images opened by one caller's credentials share
-it while any of them is open. Resolving a reference waits for the registry.
+it while any of them is open. Resolving a tag waits for the registry; if that cannot be
+reached, what the catalog remembers of the tag counts, and the caller is told. What is
+named by its digest is asked for once.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
+from blockdev.cache import Cache
+from blockdev.catalog import Catalog, Place
 from blockdev.config import Policy
 from blockdev.engine import Blob
-from blockdev.errors import CorruptImage, NotFound, UsageError
+from blockdev.errors import BlockdevError, CorruptImage, NotFound, SourceError, UsageError
 from blockdev.layer import NamedBlob
 from blockdev.origin import Part, block_layers, own_platform
 from blockdev.registry.client import Client
@@ -25,7 +30,11 @@ from blockdev.registry.credentials import Provider
 from blockdev.source.blob import RegistryBlob
 from blockdev.supply import Supply
 from formats.errors import FormatError
-from formats.oci import Index, Reference, parse_manifest
+from formats.oci import DOCUMENT_SIZE_MAX, Descriptor, Index, Manifest, Reference, parse_manifest
+
+log = logging.getLogger(__name__)
+
+Tell = Callable[[str], None]  # one line for whoever asked for the image
 
 
 @dataclass(frozen=True)
@@ -51,11 +60,24 @@ class _Shared:
     users: int = 0
 
 
+@dataclass(frozen=True)
+class _Image:
+    """What a reference stands for now: documents by digest, the topmost first."""
+
+    manifest: Manifest
+    layers: list[tuple[str, int]]  # digest and size
+    documents: dict[str, bytes]
+    fetched: bool  # some of them now
+    tag_asked: bool  # the registry has said now what the tag stands for
+
+
 class Remotes:
     """The registries in use, and the way from their images to blobs. Any thread may call."""
 
-    def __init__(self, supply: Supply) -> None:
+    def __init__(self, supply: Supply, cache: Cache, catalog: Catalog) -> None:
         self._supply = supply
+        self._cache = cache
+        self._catalog = catalog
         self._clients: dict[tuple[str, Access], _Shared] = {}
         self._lock = threading.Lock()
 
@@ -87,46 +109,102 @@ class Remotes:
         shared.client.close()
 
     def open_reference(
-        self, text: str, access: Mapping[str, Any], policy: Policy, undo: ExitStack
+        self, text: str, access: Mapping[str, Any], policy: Policy, undo: ExitStack, tell: Tell
     ) -> list[NamedBlob]:
         """The blobs of the image that a reference names, bottom first."""
         reference = Reference.parse(text)  # locate() has parsed it before
-        client = self.client(reference.registry, Access.from_wire(access), undo)
-        layers = _resolve(client, reference)
-        return [self._open(client, reference.repository, digest, size, policy, undo) for digest, size in layers]
+        asked = Access.from_wire(access)
+        client = self.client(reference.registry, asked, undo)
+        image = self._resolve(client, reference, tell)
+        place = Place(reference.registry, reference.repository, asked.plain_http)
+        blobs = [self.open_blob(client, place, blob, policy, undo) for blob in image.layers]
+        # Only now: the blobs are in use, so a prune knows that these are needed.
+        self._catalog.note_place(place, [digest for digest, _ in image.layers])
+        self._catalog.keep(image.documents)
+        if image.tag_asked:
+            self._catalog.see(str(reference), next(iter(image.documents)))
+        if image.fetched:
+            self._keep_config(reference, asked, image.manifest.config)
+        return blobs
 
     def open_part(self, part: Part, access: Mapping[str, Any], policy: Policy, undo: ExitStack) -> NamedBlob:
         """The blob of a part that a config places in a registry."""
         registry, repository, plain_http = _split_url(part)
         asked = Access.from_wire(access)
-        client = self.client(registry, replace(asked, plain_http=asked.plain_http or plain_http), undo)
-        size = part.size or client.blob_size(repository, part.digest)
-        return self._open(client, repository, part.digest, size, policy, undo)
+        place = Place(registry, repository, asked.plain_http or plain_http)
+        client = self.client(registry, replace(asked, plain_http=place.plain_http), undo)
+        size = part.size or self._cache.size_of(part.digest) or client.blob_size(repository, part.digest)
+        blob = self.open_blob(client, place, (part.digest, size), policy, undo)
+        self._catalog.note_place(place, [part.digest])
+        return blob
 
-    def _open(
-        self, client: Client, repository: str, digest: str, size: int, policy: Policy, undo: ExitStack
+    def open_blob(
+        self, client: Client, place: Place, blob: tuple[str, int], policy: Policy, undo: ExitStack
     ) -> NamedBlob:
+        """A blob, by digest and size, that fills from a repository."""
+        digest, size = blob
+
         def source_of(blob: Blob, undo: ExitStack) -> RegistryBlob:
-            source = RegistryBlob(client, repository, digest, size, blob.store)
+            source = RegistryBlob(client, place.repository, digest, size, blob.store)
             undo.callback(source.close)
             return source
 
         return self._supply.open(digest, size, policy, source_of, undo)
 
+    # ---- documents ----
 
-def _resolve(client: Client, reference: Reference) -> list[tuple[str, int]]:
-    """Digest and size of the layers of the image for this machine."""
-    name = str(reference)
-    try:
-        manifest = parse_manifest(client.manifest(reference.repository, reference.identifier).body)
-        if isinstance(manifest, Index):
-            chosen = _choose(name, manifest)
-            manifest = parse_manifest(client.manifest(reference.repository, chosen).body)
-        if isinstance(manifest, Index):
-            raise FormatError("an index of indexes")
-        return block_layers(name, manifest)
-    except FormatError as error:
-        raise CorruptImage(f"reading a manifest failed: {name}: {error}") from None
+    def _resolve(self, client: Client, reference: Reference, tell: Tell) -> _Image:
+        """What the reference means for this machine."""
+        name = str(reference)
+        digest = reference.digest or ""
+        body, asked = self._catalog.document(digest) if digest else None, False
+        if body is None:
+            digest, body, asked = self._ask(client, reference, tell)
+        documents = {digest: body}
+        fetched = asked
+        try:
+            manifest = parse_manifest(body)
+            if isinstance(manifest, Index):
+                digest = _choose(name, manifest)
+                chosen = self._catalog.document(digest)
+                fetched = fetched or chosen is None
+                documents[digest] = chosen or client.manifest(reference.repository, digest).body
+                manifest = parse_manifest(documents[digest])
+            if isinstance(manifest, Index):
+                raise FormatError("an index of indexes")
+            tag_asked = asked and not reference.digest
+            return _Image(manifest, block_layers(name, manifest), documents, fetched, tag_asked)
+        except FormatError as error:
+            raise CorruptImage(f"reading a manifest failed: {name}: {error}") from None
+
+    def _ask(self, client: Client, reference: Reference, tell: Tell) -> tuple[str, bytes, bool]:
+        """Digest and body that the registry answers with; or those of its last answer, and False."""
+        name = str(reference)
+        try:
+            document = client.manifest(reference.repository, reference.identifier)
+        except SourceError as error:
+            seen = None if reference.digest else self._catalog.seen(name)
+            body = self._catalog.document(seen.digest) if seen else None
+            if seen is None or body is None:
+                raise
+            log.warning("registry unreachable image=%s: %s", name, error)
+            tell(f"registry {reference.registry} unreachable: using {name}@{seen.digest} seen {seen.date}")
+            return seen.digest, body, False
+        return document.digest, document.body, True
+
+    def _keep_config(self, reference: Reference, access: Access, config: Descriptor) -> None:
+        """Fetch a new image's config, which nobody waits for: no layer needs it."""
+        if config.size <= DOCUMENT_SIZE_MAX and self._catalog.document(config.digest) is None:
+            arguments = (reference, access, config.digest)
+            threading.Thread(target=self._fetch_config, args=arguments, name="config", daemon=True).start()
+
+    def _fetch_config(self, reference: Reference, access: Access, digest: str) -> None:
+        with ExitStack() as undo:
+            try:
+                client = self.client(reference.registry, access, undo)
+                self._catalog.keep({digest: client.blob(reference.repository, digest, DOCUMENT_SIZE_MAX)})
+            except BlockdevError as error:
+                log.warning("config not kept image=%s: %s", reference, error)
 
 
 def _choose(name: str, index: Index) -> str:

@@ -6,6 +6,7 @@
     control.sock where the owner listens
     owner.log    what an owner started on demand has to say, and owner.log.1 before it
     blobs/       the cache (blockdev/cache.py)
+    catalog/     what is known of images without their registries (blockdev/catalog.py)
     mounts/      an empty file for each mounted file system, under its FUSE file
 
 A root belongs to one uid. Everything but taking the lock may be done by clients too.
@@ -42,6 +43,7 @@ class Root:
         self.socket = self.path / "control.sock"
         self.log = self.path / "owner.log"
         self.blobs = self.path / "blobs"
+        self.catalog = self.path / "catalog"
         self.mounts = self.path / _MOUNTS
         self._lock_fd = -1
 
@@ -66,9 +68,10 @@ class Root:
             os.close(fd)
             holder = self.holder() or "another process"
             raise DeviceError(f"taking the root failed: {self.path}: it is owned by {holder}")
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{name} {os.getpid()}\n".encode(), 0)
         self._lock_fd = fd
+        with self._refusals("taking the root"):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{name} {os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         """Stop being the owner. The file stays: removing a lock file is a race."""

@@ -2,9 +2,9 @@
 """One caller of the owner: reads its requests, does them, answers.
 
 A request is {"op": ..., ...}; its answer is one object, with {"progress": ...} objects
-before it where it takes long, or an {"error": ...}. What a caller attached in the
-foreground (op "serve") ends with its connection; a mount outlives it once the caller has
-said where it is (op "mounted").
+before it where it takes long and {"notice": "..."} ones for its user's eyes, or an
+{"error": ...}. What a caller attached in the foreground (op "serve") ends with its
+connection; a mount outlives it once the caller has said where it is (op "mounted").
 
 Each session is a thread. Whatever escapes an operation is a defect: it is logged, told
 to the caller, and the session goes on.
@@ -173,7 +173,11 @@ class Session:
     def _open(self, message: Message) -> Stack:
         body = message.body
         origin = Origin.from_wire(body["image"], message.descriptors)
-        return self._owner.open(origin, body.get("access"), parse_policy(body["policy"]))
+        return self._owner.open(origin, body.get("access"), parse_policy(body["policy"]), self._tell)
+
+    def _tell(self, line: str) -> None:
+        """Something the caller's user should know now; the answer follows."""
+        self._channel.send({"notice": line})
 
     def _inspect(self, message: Message) -> Body:
         with self._open(message) as stack:
@@ -212,7 +216,7 @@ class Session:
         return {"blobs": [asdict(found) for found in self._owner.cache.stat()]}
 
     def _cache_prune(self, message: Message) -> Body:
-        return asdict(self._owner.cache.prune())
+        return asdict(self._owner.prune())
 
     def _ps(self, message: Message) -> Body:
         return {"devices": self._owner.describe()}

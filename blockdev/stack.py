@@ -21,9 +21,13 @@ from blockdev.origin import Origin, Part
 class Stack:
     """An opened image and its blobs, bottom first. Owns both."""
 
-    def __init__(self, origin: Origin, image: OpenImage, blobs: Sequence[NamedBlob], undo: ExitStack) -> None:
-        """blobs: of origin's layers, then of its upper. undo closes them; the image is closed before."""
+    def __init__(
+        self, origin: Origin, image: OpenImage, blobs: Sequence[NamedBlob], undo: ExitStack, *, remark: str = ""
+    ) -> None:
+        """blobs: of origin's layers, then of its upper. undo closes them; the image is closed before.
+        remark: what its user should know of how it was found."""
         self.name = origin.name
+        self.remark = remark
         self.image = image
         self.blobs = tuple(blobs)
         self._lowers = self.blobs[: len(self.blobs) - len(origin.upper)]

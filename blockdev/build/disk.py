@@ -18,9 +18,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from blockdev.build.layerfile import LayerFile, Wrapping
-from blockdev.build.replacement import replacing
 from blockdev.engine import is_zero
 from blockdev.errors import EngineError, UsageError, from_os
+from blockdev.replacement import replacing
 from formats.errors import FormatError
 from formats.lsmt import COMMIT_STEP, NULL_UUID, SECTOR, VIRTUAL_SIZE_MAX, CommitWriter, Head
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blockdev import client
-from blockdev.cli.text import Show
+from blockdev.cli import text
 from blockdev.control import Body
 from blockdev.errors import NotFound, UsageError
 from blockdev.origin import Origin
@@ -26,11 +26,11 @@ def ask_owner(
     descriptors: Sequence[int] = (),
     *,
     extra: Mapping[str, Any] | None = None,
-    show: Show | None = None,
+    show: text.Show | None = None,
 ) -> Body:
     """One request about an image. `descriptors` follow those of the origin."""
     body, fds = image_request(args, origin)
-    with client.connect(Root(args.root)) as owner:
+    with client.connect(Root(args.root), text.print_notice) as owner:
         progress = (lambda at: show(at["done"], at["total"])) if show else None
         return owner.call(op, {**body, **(extra or {})}, [*fds, *descriptors], progress=progress)
 

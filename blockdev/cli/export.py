@@ -14,11 +14,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from blockdev.build.replacement import replacing
 from blockdev.cli import add_image_options, text
 from blockdev.cli.ask import ask_owner
 from blockdev.errors import UsageError, from_os
 from blockdev.origin import Origin, locate
+from blockdev.replacement import replacing
 
 STDOUT = "-"
 

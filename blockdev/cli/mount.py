@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     options = mountpoint.parse_options(args.options)
     with locate(args.image) as origin:
         body, fds = image_request(args, origin)
-        with client.connect(root) as owner:
+        with client.connect(root, text.print_notice) as owner:
             opened = owner.call("mount", body, fds)
             file = target if args.raw else root.mounts / f"{opened['id']}-{os.getpid()}"
             with _fuse_file(owner, file):

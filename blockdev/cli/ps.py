@@ -42,5 +42,5 @@ def _row(device: dict[str, Any]) -> tuple[str, ...]:
         f"{100 * device['local_bytes'] // blobs if blobs else 100} %",
         text.size(device["fetched_bytes"]),
         str(device["requests"]),
-        device["error"] or "-",
+        device["error"] or device["remark"] or "-",
     )

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     signals = _Signals()
     with locate(args.image) as origin, _listening(args) as (listener, uri):
         body, fds = image_request(args, origin)
-        with client.connect(Root(args.root)) as owner:
+        with client.connect(Root(args.root), text.print_notice) as owner:
             body |= {"export": args.export, "where": uri}
             owner.call("serve", body, [*fds, listener.fileno()])
             signals.arm()

@@ -29,6 +29,11 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def print_notice(line: str) -> None:
+    """Something to know that is no result."""
+    print("ociblk:", " ".join(line.split()), file=sys.stderr, flush=True)
+
+
 def size(count: int) -> str:
     """Bytes as people read them: 1.5 GiB."""
     number, unit = float(count), 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file that takes the place of another one, whole or not at all."""
+"""A file that takes the place of another one, whole or not at all, also across a power cut."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from blockdev.errors import UsageError, from_os
+
+UNFINISHED = ".part"  # ends the name of what was being written when the power went
 
 
 @contextmanager
@@ -22,7 +24,7 @@ def replacing(path: Path) -> Iterator[int]:
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise UsageError(f"write file: {path}: it is there and no regular file")
-    part = target.with_name(f".{secrets.token_hex(8)}.part")
+    part = target.with_name(f".{secrets.token_hex(8)}{UNFINISHED}")
     try:
         # Not mkstemp: the file shall have the mode that any new file of the user has.
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -35,11 +37,20 @@ def replacing(path: Path) -> Iterator[int]:
                 os.fchmod(fd, target.stat().st_mode & 0o777)
             os.fsync(fd)
             part.replace(target)
+            _sync_directory(target.parent)
         except OSError as error:
             raise from_os("write file", error, str(path)) from error
     except BaseException:
         with suppress(FileNotFoundError):
             part.unlink()
         raise
+    finally:
+        os.close(fd)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
     finally:
         os.close(fd)
