@@ -16,7 +16,6 @@
 #include <unistd.h>
 
 #include "../native/check.h"
-#include "crc32c.h"
 
 enum { BLOCK = 4096, THREADS_MAX = 64 };
 
@@ -44,7 +43,7 @@ static void *compress_part(void *argument)
 		int length = LZ4_compress_default((const char *)part->plain + i * BLOCK, out, BLOCK, (int)sizeof(out));
 
 		CHECK(length > 0);
-		part->crc ^= crc32c(0, out, (size_t)length);
+		part->crc ^= ob_crc32c(0, out, (uint64_t)length);
 		part->stored += (uint64_t)length + sizeof(uint32_t);
 	}
 	return NULL;
