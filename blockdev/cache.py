@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +46,8 @@ class _Open:
     sealed: int | None  # what had been taken away of the blob when it was verified; None: it was not
     users: int = 1
     checking: threading.Lock = field(default_factory=threading.Lock)
+    findings: int = 0  # how often its digest has been compared, and what was wrong the last time
+    wrong: str = ""
 
     @property
     def verified(self) -> bool:
@@ -72,12 +74,22 @@ class Entry:
         """Whether every byte is here."""
         return self.blob.stat().present_bytes == self.blob.size
 
-    def verify(self) -> None:
+    def absent(self, first: int, count: int) -> list[tuple[int, int]]:
+        """Runs (first, count) of those of `count` extents from `first` that are not on disk."""
+        try:
+            written = os.pread(self._state.files.map_fd, 4 * count, presence.TABLE_OFFSET + 4 * first)
+        except OSError as error:
+            raise from_os("read presence map", error, self.digest) from error
+        return presence.absent_runs(written, first, count)
+
+    def verify(self, reach: Callable[[int], None] | None = None) -> None:
         """Read the whole blob, fetching what is missing, and compare its digest.
 
-        A match is remembered durably. On a mismatch all of the entry is dropped: CorruptImage.
+        reach(n) is called before bytes up to n are read, and may wait for them. A match is
+        remembered durably. On a mismatch all of the entry is dropped: CorruptImage. If another
+        thread is at it, its finding is taken.
         """
-        self._cache._verify(self._state)
+        self._cache._verify(self._state, reach)
 
     def close(self) -> bool:
         """Give it back; True if nobody else uses the blob, which is then closed. Idempotent."""
@@ -141,6 +153,15 @@ class Cache:
                 shared.users += 1
             else:
                 shared = self._open[digest] = self._open_files(wanted, first_policy)
+            return Entry(self, shared)
+
+    def in_use(self, digest: str) -> Entry | None:
+        """Another use of a blob that is open."""
+        with self._lock:
+            shared = self._open.get(digest)
+            if shared is None:
+                return None
+            shared.users += 1
             return Entry(self, shared)
 
     def by_id(self, id: int) -> Entry | None:
@@ -255,21 +276,30 @@ class Cache:
             shared.files.close()
             return True
 
-    def _verify(self, shared: _Open) -> None:
-        digest = shared.files.head.blob_digest
+    def _verify(self, shared: _Open, reach: Callable[[int], None] | None) -> None:
+        seen = shared.findings
         with shared.checking:
-            for _ in range(_HASH_ROUNDS):
-                before = shared.blob.stat().retired
-                found = _digest_of_blob(shared.blob, digest)
-                if found != digest:
-                    break
-                if _seal(shared, before):
-                    return
-            else:
-                raise DeviceError(f"verify blob: {digest}: parts of it are taken away all the time")
-            dropped = _drop_all(shared.blob)
+            if shared.findings == seen:  # nobody else has looked while we waited
+                shared.wrong = self._compare(shared, reach)
+                shared.findings += 1
+            if shared.wrong:
+                raise CorruptImage(shared.wrong)
+
+    def _compare(self, shared: _Open, reach: Callable[[int], None] | None) -> str:
+        """Seal the blob, or drop it; what is wrong with its digest, "" if nothing."""
+        digest = shared.files.head.blob_digest
+        for _ in range(_HASH_ROUNDS):
+            before = shared.blob.stat().retired
+            found = _digest_of_blob(shared.blob, digest, reach)
+            if found != digest:
+                break
+            if _seal(shared, before):
+                return ""
+        else:
+            raise DeviceError(f"verify blob: {digest}: parts of it are taken away all the time")
+        dropped = _drop_all(shared.blob)
         log.error("blob dropped digest=%s extents=%d: its content has digest %s", digest, dropped, found)
-        raise CorruptImage(f"verify blob: {digest}: offset 0: the content's digest is {found}")
+        return f"verify blob: {digest}: offset 0: the content's digest is {found}"
 
 
 def _wanted(digest: str, size: int) -> presence.Head:
@@ -319,12 +349,14 @@ def _drop_all(blob: Blob) -> int:
     raise DeviceError(f"drop blob: {blob.size} bytes: some stay in use")
 
 
-def _digest_of_blob(blob: Blob, like: str) -> str:
+def _digest_of_blob(blob: Blob, like: str, reach: Callable[[int], None] | None) -> str:
     algorithm = like.partition(":")[0]
     digest = hashlib.new(algorithm)
     buffer = memoryview(bytearray(_PIECE))
     for offset in range(0, blob.size, _PIECE):
         piece = buffer[: min(_PIECE, blob.size - offset)]
+        if reach:
+            reach(offset + len(piece))
         blob.read_into(offset, piece)
         digest.update(piece)
     return f"{algorithm}:{digest.hexdigest()}"

@@ -23,7 +23,9 @@ from blockdev.catalog import Catalog
 from blockdev.config import Policy
 from blockdev.device import Device, NbdTransport
 from blockdev.engine import Engine, Event, EventKind
-from blockdev.errors import DeviceError
+from blockdev.errors import DeviceError, UsageError
+from blockdev.fetch.pull import Progress as PullProgress
+from blockdev.fetch.pull import Pull, Pulled
 from blockdev.image import open_image
 from blockdev.layer import NamedBlob
 from blockdev.origin import Origin
@@ -51,9 +53,9 @@ class Owner:
         self._supply = Supply(self._engine, self.cache)
         self._remotes: Remotes | None = None
         self._devices: dict[int, Device] = {}
-        self._lock = threading.Lock()  # of _devices, _draining and _remotes
+        self._lock = threading.Lock()  # of _devices and _remotes
         self._ids = itertools.count(1)
-        self._draining = False
+        self._stopping = threading.Event()
         self._warned_of_writes = False
 
     # ---- for sessions ----
@@ -81,6 +83,34 @@ class Owner:
     def verify(self, stack: Stack, progress: Progress) -> list[Verified]:
         """Read all of an opened image, and check it."""
         return stack.verify(self._engine, progress)
+
+    def pull(
+        self,
+        origin: Origin,
+        access: Mapping[str, Any] | None,
+        policy: Policy,
+        tell: Tell,
+        progress: PullProgress | None,
+    ) -> list[Pulled]:
+        """Have a registry's image here: what opening it takes; with `progress` all of it, verified.
+
+        A source that fails is waited for as `policy` says. UsageError if no blob is a registry's.
+        """
+        with ExitStack() as undo:
+            blobs = [] if access is None else self._open_lowers(origin, access, policy, undo, tell)
+            entries = {}
+            for name in dict.fromkeys(named.name for named in blobs):
+                entry = self.cache.in_use(name)
+                if entry:
+                    undo.callback(entry.close)
+                    entries[name] = entry
+            if not entries:
+                raise UsageError(f"pulling failed: {origin.name}: its blobs are files (ociblk cache add keeps them)")
+            pull = Pull(origin.name, list(entries.values()), self._supply, policy)
+            if progress:
+                pull.complete(progress, self._stopping)
+            open_image(self._engine, blobs).close()
+            return pull.result()
 
     def _open_lowers(
         self, origin: Origin, access: Mapping[str, Any], policy: Policy, undo: ExitStack, tell: Tell
@@ -111,7 +141,7 @@ class Owner:
         """A new device of an opened image, which is the device's from now on."""
         device = Device(next(self._ids), stack, self._forget)
         with self._lock:
-            if not self._draining:
+            if not self._stopping.is_set():
                 self._devices[device.id] = device
                 return device
         stack.close()
@@ -161,7 +191,12 @@ class Owner:
         elif event.kind is EventKind.BLOB_DOWN:
             self._supply.blob_down(event.id)
             self._note_failure(event.id)
-        elif event.kind is EventKind.CACHE_WRITE and not self._warned_of_writes:
+        elif event.kind is EventKind.CACHE_WRITE:
+            self._note_unwritten(event)
+
+    def _note_unwritten(self, event: Event) -> None:
+        self._supply.note_written(event.id, -event.status)
+        if not self._warned_of_writes:
             self._warned_of_writes = True
             why = os.strerror(-event.status)
             log.warning("cache not written, reads go on without it root=%s reason=%s", self._root.path, why)
@@ -179,7 +214,7 @@ class Owner:
     def drain(self, timeout: float) -> None:
         """End every device, side by side; requests in hand get `timeout` seconds."""
         with self._lock:
-            self._draining = True
+            self._stopping.set()
         enders = [
             threading.Thread(target=device.drain, args=(timeout,), name=f"end-{device.id}", daemon=True)
             for device in self.devices()

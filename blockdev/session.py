@@ -58,6 +58,7 @@ class Session:
             "inspect": self._inspect,
             "verify": self._verify,
             "export": self._export,
+            "pull": self._pull,
             "adopt": self._adopt,
             "cache stat": self._cache_stat,
             "cache prune": self._cache_prune,
@@ -187,6 +188,19 @@ class Session:
         with self._open(message) as stack:
             return {"layers": [asdict(layer) for layer in self._owner.verify(stack, self._progress())]}
 
+    def _pull(self, message: Message) -> Body:
+        """Fetch an image; a caller that has gone ends it."""
+        body = message.body
+        origin = Origin.from_wire(body["image"], message.descriptors)
+        tell = self._teller()
+
+        def progress(present: int, checked: int, size: int) -> None:
+            tell(done=present, checked=checked, total=size)
+
+        policy, whole = parse_policy(body["policy"]), progress if body["complete"] else None
+        pulled = self._owner.pull(origin, body.get("access"), policy, self._tell, whole)
+        return {"blobs": [asdict(blob) for blob in pulled]}
+
     def _adopt(self, message: Message) -> Body:
         """Keep what the descriptor reads as the blob that it is said to be, if it is."""
         self._owner.cache.adopt(message.descriptors[0], message.body["digest"])
@@ -199,16 +213,21 @@ class Session:
             return {"size": stack.image.size}
 
     def _progress(self) -> Callable[[int, int], None]:
-        """Tells the caller now and then how far a long operation is; ConnectionError if it has gone."""
+        """Tells the caller how far a long operation is."""
+        tell = self._teller()
+        return lambda done, total: tell(done=done, total=total)
+
+    def _teller(self) -> Callable[..., None]:
+        """Sends its arguments as progress, now and then; ConnectionError if the caller has gone."""
         told = time.monotonic()
 
-        def progress(done: int, total: int) -> None:
+        def tell(**progress: int) -> None:
             nonlocal told
             if time.monotonic() - told >= _PROGRESS_EVERY:
                 told = time.monotonic()
-                self._channel.send({"progress": {"done": done, "total": total}})
+                self._channel.send({"progress": progress})
 
-        return progress
+        return tell
 
     # ---- the owner ----
 

@@ -38,6 +38,7 @@ class Supply:
         self._started = False
         self._sources: defaultdict[int, list[Source]] = defaultdict(list)  # by blob id, the one in use last
         self._digests: dict[int, str] = {}
+        self._unwritten: dict[int, int] = {}  # blob id: errno
         self._lock = threading.Lock()  # of the above; held for local file operations only
         self._whole: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._verifier = threading.Thread(target=self._verify_all, name="verify-0", daemon=True)
@@ -71,6 +72,7 @@ class Supply:
                 self._pool.attach(entry.id, entry.blob, others[-1])
             else:
                 del self._sources[entry.id], self._digests[entry.id]
+                self._unwritten.pop(entry.id, None)
                 self._pool.detach(entry.id)
         entry.close()
 
@@ -91,7 +93,21 @@ class Supply:
     def failure(self, id: int) -> tuple[str, str]:
         """Digest of an open blob, and why its last fetch failed; "" for what is not so."""
         with self._lock:
-            return self._digests.get(id, ""), self._pool.failure(id)
+            return self._digests.get(id, ""), str(self._pool.failure(id) or "")
+
+    def error(self, id: int) -> BlockdevError | None:
+        """Why the last fetch of a blob failed; None if it did not."""
+        return self._pool.failure(id)
+
+    def note_written(self, id: int, error: int = 0) -> None:
+        """The cache of a blob was written, or could not be for this errno."""
+        with self._lock:
+            if id in self._digests:
+                self._unwritten[id] = error
+
+    def unwritten(self, id: int) -> int:
+        """Why the cache of a blob could not be written of late; 0 if it could."""
+        return self._unwritten.get(id, 0)
 
     def join(self, timeout: float) -> bool:
         """Wait for the threads of a stopped engine; False if some is stuck after `timeout` seconds."""

@@ -10,6 +10,7 @@ another extent size is a FormatError: the owner starts an empty map.
 from __future__ import annotations
 
 import re
+import struct
 from dataclasses import dataclass
 
 import construct as c
@@ -109,6 +110,23 @@ def extent_count(size: int) -> int:
 def map_size(size: int) -> int:
     """Bytes of the whole map file for a blob of `size` bytes."""
     return TABLE_OFFSET + 4 * extent_count(size)
+
+
+def absent_runs(table: bytes, first: int, count: int) -> list[tuple[int, int]]:
+    """Runs (extent, extents) that a piece of the table, `count` entries from `first` on, has not got.
+
+    What the piece is too short for is absent.
+    """
+    whole = table[: 4 * count].ljust(4 * count, b"\0")
+    runs: list[tuple[int, int]] = []
+    start = -1
+    for extent, (entry,) in enumerate(struct.iter_unpack("<I", whole), first):
+        if not entry and start < 0:
+            start = extent
+        elif entry and start >= 0:
+            runs.append((start, extent - start))
+            start = -1
+    return [*runs, (start, first + count - start)] if start >= 0 else runs
 
 
 def extent_entry(extent: bytes | memoryview) -> int:

@@ -29,6 +29,7 @@ _COMMANDS = {
     "serve": ("serve", "serve an image over NBD, in the foreground"),
     "mount": ("mount", "mount the file system of an image, read-only"),
     "umount": ("umount", "unmount what mount mounted"),
+    "pull": ("pull", "fetch an image before it is used"),
     "ps": ("ps", "what is mounted and exported"),
     "inspect": ("inspect", "what an image or layer file is made of"),
     "verify": ("verify", "read everything and check every checksum"),

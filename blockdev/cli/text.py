@@ -42,6 +42,45 @@ def size(count: int) -> str:
     return f"{count} B" if unit == 0 else f"{number:.1f} {_UNITS[unit]}"
 
 
+def duration(seconds: float) -> str:
+    """Whole seconds as people read them: 1:05:09."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Transfer:
+    """How far, how fast and for how long yet: a line on stderr while a pull runs, if that is a terminal.
+
+    What was here at the start counts as done, but not for the rate.
+    """
+
+    def __init__(self) -> None:
+        self._started = self._last = time.monotonic()
+        self._first = -1
+        self._shown = False
+
+    def show(self, at: Mapping[str, int]) -> None:
+        """at: bytes done (here), checked, and total."""
+        self._first = at["done"] if self._first < 0 else self._first
+        now = time.monotonic()
+        if not sys.stderr.isatty() or now - self._started < _PROGRESS_AFTER or now - self._last < _PROGRESS_EVERY:
+            return
+        self._last, self._shown = now, True
+        if at["done"] == at["total"]:
+            line = f"checked {size(at['checked'])} of {size(at['total'])}"
+        else:
+            rate = (at["done"] - self._first) / (now - self._started)
+            left = f", {duration((at['total'] - at['done']) / rate)} left" if rate else ""
+            line = f"pulled {size(at['done'])} of {size(at['total'])}, {size(round(rate))}/s{left}"
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Take the line away: the result follows."""
+        if self._shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
 def progress(verb: str) -> Show:
     """show(done, total) bytes of long work, on stderr, if that is a terminal."""
     started = last = time.monotonic()

@@ -12,6 +12,7 @@ delay. Fetch threads hold no lock while they are in the engine or in a source.
 
 from __future__ import annotations
 
+import copy
 import errno
 import logging
 import threading
@@ -51,7 +52,7 @@ class Pool:
         self._backoff = backoff or Backoff()
         self._supplies: dict[int, _Supply] = {}
         self._down: set[int] = set()
-        self._failing: dict[int, str] = {}  # blob id: why its last fetch failed
+        self._failing: dict[int, BlockdevError] = {}  # blob id: why its last fetch failed
         self._stopping = False
         self._changed = threading.Condition()  # guards supplies, down and stopping
         self._threads = [
@@ -81,9 +82,9 @@ class Pool:
             self._down.discard(id)
         self._failing.pop(id, None)
 
-    def failure(self, id: int) -> str:
-        """Why the last fetch of a blob failed; "" if it did not."""
-        return self._failing.get(id, "")
+    def failure(self, id: int) -> BlockdevError | None:
+        """Why the last fetch of a blob failed; None if it did not."""
+        return self._failing.get(id)
 
     def blob_down(self, id: int) -> None:
         """The engine has given a blob's source up (BLOB_DOWN): probe it until it is well."""
@@ -171,7 +172,7 @@ class Pool:
     def _note_failure(self, fetch: Fetch, name: str, error: BlockdevError) -> None:
         """The first failure of a blob is news, the following ones are not."""
         first = fetch.blob_id not in self._failing
-        self._failing[fetch.blob_id] = str(error)
+        self._failing[fetch.blob_id] = copy.copy(error)  # without its frames, and their buffers
         log.log(
             logging.WARNING if first else logging.DEBUG,
             "fetch failed source=%s offset=%d length=%d attempt=%d: %s",

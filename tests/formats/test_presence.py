@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,3 +106,12 @@ def test_an_entry_is_the_checksum_and_never_zero() -> None:
     assert presence.extent_entry(b"123456789") == 0xE3069283
     assert standard(_CRC_0) == 0
     assert presence.extent_entry(_CRC_0) == 1
+
+
+@given(st.lists(st.integers(0, 2), max_size=40), st.integers(0, 1 << 30), st.integers(0, 60))
+def test_absent_runs_are_those_entries_that_are_zero(entries: list[int], first: int, count: int) -> None:
+    table = b"".join(entry.to_bytes(4, "little") for entry in entries)
+    runs = presence.absent_runs(table, first, count)
+    absent = [extent for start, length in runs for extent in range(start, start + length)]
+    assert absent == [first + at for at in range(count) if at >= len(entries) or entries[at] == 0]
+    assert all(a[0] + a[1] < b[0] for a, b in itertools.pairwise(runs))
