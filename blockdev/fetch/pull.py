@@ -218,7 +218,7 @@ class Pull:
         digest, id = part.entry.digest, part.entry.id
         failing = part.entry.blob.stat().failing_seconds
         if failing:
-            error = self._supplier.error(id) or SourceError(f"pulling failed: {digest}: its registry does not deliver")
+            error = self._supplier.error(id) or self._any_error()
             waited = idle if self._policy.mode == "retry" else failing
             if not error.retriable or (self._policy.mode != "hang" and waited >= self._policy.seconds):
                 raise copy.copy(error)
@@ -227,6 +227,12 @@ class Pull:
             part.ask_again()
         elif idle >= UNWRITTEN_LIMIT:
             raise EngineError(f"pulling failed: {digest}: it cannot be kept: {os.strerror(unwritten)}")
+
+    def _any_error(self) -> BlockdevError:
+        """Why others of these blobs fail: one that waits because its host is to be left alone has no error of its own."""
+        errors = [self._supplier.error(part.entry.id) for part in self._parts]
+        retriable = [error for error in errors if error and error.retriable]
+        return retriable[0] if retriable else SourceError(f"pulling failed: {self._name}: its source does not deliver")
 
     def _report(self, progress: Progress) -> None:
         here = sum(part.entry.blob.stat().present_bytes for part in self._parts)
