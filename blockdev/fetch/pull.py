@@ -229,7 +229,7 @@ class Pull:
             raise EngineError(f"pulling failed: {digest}: it cannot be kept: {os.strerror(unwritten)}")
 
     def _any_error(self) -> BlockdevError:
-        """Why others of these blobs fail: one that waits because its host is to be left alone has no error of its own."""
+        """Why others of these blobs fail: one whose host is to be left alone has no error of its own."""
         errors = [self._supplier.error(part.entry.id) for part in self._parts]
         retriable = [error for error in errors if error and error.retriable]
         return retriable[0] if retriable else SourceError(f"pulling failed: {self._name}: its source does not deliver")

@@ -59,11 +59,11 @@ def pusher(tmp_path: Path, ociblk: str, layers: list[Path]) -> Iterator[Callable
 
 
 class HeldStore(ObjectStore):
-    """Gives out HELD bytes or little more, and the rest once it is opened."""
+    """Gives out HELD bytes of blobs or little more, and the rest once it is opened."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.given = 0  # bytes of answers that were let through
+        self.given = 0  # bytes of ranges that were let through
         self.waiting = threading.Semaphore(0)
         self._opened = threading.Event()
         self._lock = threading.Lock()
@@ -71,6 +71,8 @@ class HeldStore(ObjectStore):
 
         def answer(seen: Seen) -> Answer:
             found = plain(seen)
+            if not seen.range:  # an image's config
+                return found
             with self._lock:
                 held = self.given >= HELD and not self._opened.is_set()
                 if not held:
