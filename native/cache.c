@@ -11,6 +11,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "checked.h"
 #include "engine.h"
 #include "mapping.h"
 #include "readahead.h"
@@ -307,25 +308,24 @@ static int extent_check(struct ob_blob *blob, uint64_t extent)
 
 /* ---- reading ---- */
 
+static void extents_unpin(struct ob_blob *blob, uint64_t first, uint64_t last)
+{
+	for (uint64_t extent = first; extent <= last; extent++)
+		atomic_fetch_sub(&blob->state[extent], EXTENT_PIN);
+}
+
 /* All of [first, last] present, checked and unmarked: pinned, 1. Else nothing is, 0. */
 static int extents_pin(struct ob_blob *blob, uint64_t first, uint64_t last)
 {
 	for (uint64_t extent = first; extent <= last; extent++) {
 		uint32_t old = atomic_fetch_add(&blob->state[extent], EXTENT_PIN);
 
-		if ((old & (EXTENT_KIND | EXTENT_CHECKED | EXTENT_MARK)) == (EXTENT_PRESENT | EXTENT_CHECKED))
-			continue;
-		for (uint64_t pinned = first; pinned <= extent; pinned++)
-			atomic_fetch_sub(&blob->state[pinned], EXTENT_PIN);
-		return 0;
+		if ((old & (EXTENT_KIND | EXTENT_CHECKED | EXTENT_MARK)) != (EXTENT_PRESENT | EXTENT_CHECKED)) {
+			extents_unpin(blob, first, extent);
+			return 0;
+		}
 	}
 	return 1;
-}
-
-static void extents_unpin(struct ob_blob *blob, uint64_t first, uint64_t last)
-{
-	for (uint64_t extent = first; extent <= last; extent++)
-		atomic_fetch_sub(&blob->state[extent], EXTENT_PIN);
 }
 
 static void extent_rotted(struct ob_blob *blob, uint64_t extent)
@@ -335,39 +335,38 @@ static void extent_rotted(struct ob_blob *blob, uint64_t extent)
 		atomic_fetch_add(&blob->crc_failures, 1);
 		extent_retire(blob, extent);
 	}
-	pthread_mutex_unlock(&blob->engine->fetch.lock);
+	fetch_unlock(&blob->engine->fetch, NULL, NULL);
 }
 
-/* The slow way, for one extent: wherever it is. */
+/* The slow way, for one extent: wherever it is, until it is nowhere. */
 static int extent_read(struct ob_blob *blob, uint64_t extent, uint64_t skip, uint8_t *buffer, uint64_t length)
 {
-	uint32_t state = atomic_fetch_add(&blob->state[extent], EXTENT_PIN);
-	const uint8_t *bytes;
-	int error = -EAGAIN;
+	for (;;) {
+		uint32_t state = atomic_fetch_add(&blob->state[extent], EXTENT_PIN);
+		int present = (state & EXTENT_KIND) == EXTENT_PRESENT, error = 0;
+		int rotted = present && !(state & EXTENT_CHECKED) && extent_check(blob, extent) != 0;
+		const uint8_t *bytes;
 
-	if ((state & EXTENT_KIND) == EXTENT_PRESENT) {
-		int rotted = !(state & EXTENT_CHECKED) && extent_check(blob, extent) != 0;
-
-		if (!rotted)
+		if (present && !rotted)
 			error = read_fully(blob->data_fd, buffer, length, extent * OB_EXTENT_SIZE + skip);
 		atomic_fetch_sub(&blob->state[extent], EXTENT_PIN);
 		if (rotted)
 			extent_rotted(blob, extent);
-		else if (state & EXTENT_MARK)
+		else if (present && (state & EXTENT_MARK))
 			readahead_mark(blob, extent);
-		return error;
+		if (present && !rotted)
+			return error;
+		if (rotted || (state & EXTENT_KIND) != EXTENT_RESIDENT)
+			return -EAGAIN;
+		pthread_mutex_lock(&blob->engine->fetch.lock);
+		/* Written meanwhile, it is looked at again. */
+		bytes = extent_kind(blob, extent) == EXTENT_RESIDENT ? fetch_resident(blob, extent) : NULL;
+		if (bytes)
+			memcpy(buffer, bytes + skip, length);
+		fetch_unlock(&blob->engine->fetch, NULL, NULL);
+		if (bytes)
+			return 0;
 	}
-	atomic_fetch_sub(&blob->state[extent], EXTENT_PIN);
-	if ((state & EXTENT_KIND) != EXTENT_RESIDENT)
-		return -EAGAIN;
-	pthread_mutex_lock(&blob->engine->fetch.lock);
-	bytes = extent_kind(blob, extent) == EXTENT_RESIDENT ? fetch_resident(blob, extent) : NULL;
-	if (bytes) {
-		memcpy(buffer, bytes + skip, length);
-		error = 0;
-	}
-	pthread_mutex_unlock(&blob->engine->fetch.lock);
-	return error;
 }
 
 static int extents_read(struct ob_blob *blob, uint64_t offset, uint8_t *buffer, uint64_t length)
@@ -388,10 +387,9 @@ static int extents_read(struct ob_blob *blob, uint64_t offset, uint8_t *buffer, 
 
 static int blob_check_range(const struct ob_blob *blob, uint64_t offset, uint64_t length)
 {
-	if (offset <= blob->size && length <= blob->size - offset)
-		return 0;
-	return status_set(EINVAL, "read blob: %llu + %llu: past its end at %llu", (unsigned long long)offset,
-	                  (unsigned long long)length, (unsigned long long)blob->size);
+	return range_inside(offset, length, blob->size) ? 0
+	       : status_set(EINVAL, "read blob: %llu + %llu: past its end at %llu", (unsigned long long)offset,
+	                    (unsigned long long)length, (unsigned long long)blob->size);
 }
 
 int blob_try_read(struct ob_blob *blob, uint64_t offset, void *buffer, uint64_t length)
@@ -423,7 +421,7 @@ void blob_want(struct ob_blob *blob, uint64_t offset, uint64_t length, struct pa
 	atomic_fetch_add_explicit(&blob->misses, 1, memory_order_relaxed);
 	pthread_mutex_lock(&blob->engine->fetch.lock);
 	fetch_want(blob, offset / OB_EXTENT_SIZE, (offset + length - 1) / OB_EXTENT_SIZE, OB_FOREGROUND, parked);
-	pthread_mutex_unlock(&blob->engine->fetch.lock);
+	fetch_unlock(&blob->engine->fetch, NULL, NULL);
 }
 
 int ob_blob_prefetch(struct ob_blob *blob, uint64_t offset, uint64_t length, int priority)
@@ -436,35 +434,8 @@ int ob_blob_prefetch(struct ob_blob *blob, uint64_t offset, uint64_t length, int
 		return status_set(EINVAL, "prefetch: priority %d: not one of prefetch and bulk", priority);
 	pthread_mutex_lock(&blob->engine->fetch.lock);
 	fetch_want(blob, offset / OB_EXTENT_SIZE, (offset + length - 1) / OB_EXTENT_SIZE, priority, NULL);
-	pthread_mutex_unlock(&blob->engine->fetch.lock);
+	fetch_unlock(&blob->engine->fetch, NULL, NULL);
 	return 0;
-}
-
-struct blob_read_call {
-	struct ob_blob *blob;
-	uint64_t offset, length;
-	void *buffer;
-};
-
-static int blob_attempt(void *argument)
-{
-	struct blob_read_call *call = argument;
-
-	return blob_try_read(call->blob, call->offset, call->buffer, call->length);
-}
-
-static void blob_miss(void *argument, struct parked *parked)
-{
-	struct blob_read_call *call = argument;
-
-	blob_want(call->blob, call->offset, call->length, parked);
-}
-
-int ob_blob_read(struct ob_blob *blob, uint64_t offset, void *buffer, uint64_t length)
-{
-	struct blob_read_call call = { .blob = blob, .offset = offset, .length = length, .buffer = buffer };
-
-	return parked_wait(blob->engine, blob_attempt, blob_miss, &call);
 }
 
 /* ---- content that came or goes by other ways ---- */
@@ -494,7 +465,7 @@ int blob_reject(struct ob_blob *blob, uint64_t offset, uint64_t length)
 			again = 1;
 		}
 	}
-	pthread_mutex_unlock(&queue->lock);
+	fetch_unlock(queue, NULL, NULL);
 	return again || !retried;
 }
 
@@ -521,37 +492,38 @@ static int extents_store(struct ob_blob *blob, uint64_t first, uint64_t count, c
 
 	pthread_mutex_lock(&queue->lock);
 	for (uint64_t i = 0; i < count; i++)
-		extent_set(blob, first + i, error ? fetch_owner_kind(blob, first + i) : EXTENT_PRESENT, 0);
-	for (uint64_t i = 0; i < count && !error; i++)
-		atomic_fetch_or(&blob->state[first + i], EXTENT_CHECKED);
+		extent_set(blob, first + i, error ? fetch_owner_kind(blob, first + i) : EXTENT_PRESENT | EXTENT_CHECKED, 0);
 	if (error)
 		fetch_write_failed(blob, error);
 	else
 		extents_arrived(blob, count);
 	parked_settle(blob, &ready);
 	pthread_cond_broadcast(&queue->settled);
-	pthread_mutex_unlock(&queue->lock);
-	parked_ready(ready);
+	fetch_unlock(queue, ready, NULL);
 	return error;
+}
+
+/* Extents before this one end before `end`, or with the blob. */
+static uint64_t whole_end(const struct ob_blob *blob, uint64_t end)
+{
+	return end == blob->size ? blob->extents : end / OB_EXTENT_SIZE;
 }
 
 int64_t ob_blob_store(struct ob_blob *blob, uint64_t offset, const void *buffer, uint64_t length)
 {
 	struct fetch_queue *queue = &blob->engine->fetch;
-	uint64_t first = (offset + OB_EXTENT_SIZE - 1) / OB_EXTENT_SIZE, end = (offset + length) / OB_EXTENT_SIZE;
+	uint64_t first = (offset + OB_EXTENT_SIZE - 1) / OB_EXTENT_SIZE, end = whole_end(blob, offset + length);
 	int64_t stored = 0;
 	int error = blob_check_range(blob, offset, length);
 
 	if (error || !blob->state)
 		return error;
-	if (offset + length == blob->size)
-		end = blob->extents;
 	while (first < end) {
 		uint64_t count;
 
 		pthread_mutex_lock(&queue->lock);
 		count = extents_claim(blob, first, end);
-		pthread_mutex_unlock(&queue->lock);
+		fetch_unlock(queue, NULL, NULL);
 		if (count)
 			error = extents_store(blob, first, count, (const uint8_t *)buffer + (first * OB_EXTENT_SIZE - offset));
 		if (error)
@@ -565,14 +537,12 @@ int64_t ob_blob_store(struct ob_blob *blob, uint64_t offset, const void *buffer,
 int64_t ob_blob_drop(struct ob_blob *blob, uint64_t offset, uint64_t length)
 {
 	struct fetch_queue *queue = &blob->engine->fetch;
-	uint64_t first = (offset + OB_EXTENT_SIZE - 1) / OB_EXTENT_SIZE, end = (offset + length) / OB_EXTENT_SIZE;
+	uint64_t first = (offset + OB_EXTENT_SIZE - 1) / OB_EXTENT_SIZE, end = whole_end(blob, offset + length);
 	int64_t dropped = 0;
 	int error = blob_check_range(blob, offset, length);
 
 	if (error || !blob->state)
 		return error;
-	if (offset + length == blob->size)
-		end = blob->extents;
 	for (uint64_t extent = first; extent < end; extent++) {
 		pthread_mutex_lock(&queue->lock);
 		uint32_t state = atomic_load(&blob->state[extent]);
@@ -584,7 +554,7 @@ int64_t ob_blob_drop(struct ob_blob *blob, uint64_t offset, uint64_t length)
 			          OB_EXTENT_SIZE);
 			dropped++;
 		}
-		pthread_mutex_unlock(&queue->lock);
+		fetch_unlock(queue, NULL, NULL);
 	}
 	return dropped;
 }
@@ -598,7 +568,7 @@ int ob_blob_set_policy(struct ob_blob *blob, int policy, uint64_t policy_ns)
 	pthread_mutex_lock(&blob->engine->fetch.lock);
 	blob->policy = policy;
 	blob->policy_ns = (int64_t)policy_ns;
-	pthread_mutex_unlock(&blob->engine->fetch.lock);
+	fetch_unlock(&blob->engine->fetch, NULL, NULL);
 	return 0;
 }
 
@@ -607,7 +577,7 @@ void ob_blob_healthy(struct ob_blob *blob)
 	pthread_mutex_lock(&blob->engine->fetch.lock);
 	blob->failing_since = 0;
 	blob->down = 0;
-	pthread_mutex_unlock(&blob->engine->fetch.lock);
+	fetch_unlock(&blob->engine->fetch, NULL, NULL);
 }
 
 void ob_blob_get_stat(struct ob_blob *blob, ob_blob_stat *out)
@@ -627,5 +597,5 @@ void ob_blob_get_stat(struct ob_blob *blob, ob_blob_stat *out)
 	out->retired = blob->retired;
 	out->failing_ns = blob->failing_since ? engine_now() - blob->failing_since : 0;
 	out->down = blob->down;
-	pthread_mutex_unlock(&blob->engine->fetch.lock);
+	fetch_unlock(&blob->engine->fetch, NULL, NULL);
 }

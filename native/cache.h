@@ -59,7 +59,7 @@ struct ob_blob {
 	const uint8_t *bytes;    /* the data file, mapped, or NULL: mapping.c */
 	struct ob_blob *next_mapped;
 	/* guarded by the fetch queue's lock */
-	struct fetch *fetches;   /* all that touch this blob */
+	LIST_HEAD(, fetch) fetches;   /* all that touch this blob */
 	uint64_t present;        /* extents */
 	struct stream streams[STREAMS];
 	uint64_t stream_clock;

@@ -4,9 +4,9 @@
 #include "engine.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <stdlib.h>
-#include <sys/eventfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -15,11 +15,9 @@
 
 /* Deepest engine frame is a decoder's; scratch lives on the heap. Small stacks keep an
  * owner with hundreds of connections small. */
-enum { THREAD_STACK = 256 * 1024 };
-
-struct event_node {
-	ob_event event;
-	struct event_node *next;
+enum {
+	THREAD_STACK = 256 * 1024,
+	EVENT_BYTES = 1 << 20    /* that may wait: 65,536 events */
 };
 
 int64_t engine_now(void)
@@ -56,73 +54,25 @@ int engine_thread(pthread_t *thread, const char *name, void *(*run)(void *), voi
 
 void engine_post(struct ob_engine *engine, int kind, int status, uint64_t id)
 {
-	struct event_queue *events = &engine->events;
-	struct event_node *node = malloc(sizeof(*node));
-	uint64_t one = 1;
+	ob_event event = { .kind = kind, .status = status, .id = id };
 
-	if (!node)
-		return;
-	*node = (struct event_node){ .event = { .kind = kind, .status = status, .id = id } };
-	pthread_mutex_lock(&events->lock);
-	*events->tail = node;
-	events->tail = &node->next;
-	pthread_mutex_unlock(&events->lock);
-	/* Fails only when the counter is full, and then the descriptor is readable anyway. */
-	if (write(events->fd, &one, sizeof(one)) < 0)
+	/* Whole or not at all, since it is shorter than PIPE_BUF. */
+	if (write(engine->events[1], &event, sizeof(event)) < 0)
 		return;
 }
 
 int ob_event_fd(struct ob_engine *engine)
 {
-	return engine->events.fd;
+	return engine->events[0];
 }
 
 int ob_event_next(struct ob_engine *engine, ob_event *out)
 {
-	struct event_queue *events = &engine->events;
-	struct event_node *node;
-	uint64_t count;
+	ssize_t got = read(engine->events[0], out, sizeof(*out));
 
-	pthread_mutex_lock(&events->lock);
-	node = events->head;
-	if (node) {
-		events->head = node->next;
-		if (!events->head)
-			events->tail = &events->head;
-	}
-	/* Emptied under the lock: a post that follows makes the descriptor readable again. */
-	if (!events->head && read(events->fd, &count, sizeof(count)) < 0 && errno != EAGAIN) {
-		pthread_mutex_unlock(&events->lock);
-		free(node);
-		return status_set(errno, "read events: eventfd: errno %d", errno);
-	}
-	pthread_mutex_unlock(&events->lock);
-	if (!node)
-		return 0;
-	*out = node->event;
-	free(node);
-	return 1;
-}
-
-static int events_open(struct event_queue *events)
-{
-	pthread_mutex_init(&events->lock, NULL);
-	events->head = NULL;
-	events->tail = &events->head;
-	events->fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	return events->fd < 0 ? status_set(errno, "open engine: eventfd: errno %d", errno) : 0;
-}
-
-static void events_close(struct event_queue *events)
-{
-	struct event_node *node;
-
-	while ((node = events->head)) {
-		events->head = node->next;
-		free(node);
-	}
-	close(events->fd);
-	pthread_mutex_destroy(&events->lock);
+	if (got < 0 && errno != EAGAIN)
+		return status_set(errno, "read events: pipe: errno %d", errno);
+	return got == sizeof(*out);
 }
 
 /* ---- work threads ---- */
@@ -131,12 +81,10 @@ void engine_work(struct ob_engine *engine, struct ob_request *request)
 {
 	struct work_queue *work = &engine->work;
 
-	request->next = NULL;
 	pthread_mutex_lock(&work->lock);
-	*work->tail = request;
-	work->tail = &request->next;
-	pthread_cond_signal(&work->wake);
+	STAILQ_INSERT_TAIL(&work->requests, request, waiting);
 	pthread_mutex_unlock(&work->lock);
+	pthread_cond_signal(&work->wake);
 }
 
 static void *work_run(void *argument)
@@ -145,15 +93,12 @@ static void *work_run(void *argument)
 	struct ob_request *request;
 
 	pthread_mutex_lock(&work->lock);
-	while (work->head || !work->stopping) {
-		request = work->head;
+	while ((request = STAILQ_FIRST(&work->requests)) || !work->stopping) {
 		if (!request) {
 			pthread_cond_wait(&work->wake, &work->lock);
 			continue;
 		}
-		work->head = request->next;
-		if (!work->head)
-			work->tail = &work->head;
+		STAILQ_REMOVE_HEAD(&work->requests, waiting);
 		pthread_mutex_unlock(&work->lock);
 		request_resume(request);
 		pthread_mutex_lock(&work->lock);
@@ -173,33 +118,6 @@ static void work_stop(struct work_queue *work)
 		pthread_join(work->threads[--work->thread_count], NULL);
 }
 
-static void work_close(struct work_queue *work)
-{
-	work_stop(work);
-	free(work->threads);
-	pthread_cond_destroy(&work->wake);
-	pthread_mutex_destroy(&work->lock);
-}
-
-static int work_open(struct ob_engine *engine, uint32_t threads)
-{
-	struct work_queue *work = &engine->work;
-	int error = 0;
-
-	pthread_mutex_init(&work->lock, NULL);
-	pthread_cond_init(&work->wake, NULL);
-	work->head = NULL;
-	work->tail = &work->head;
-	work->threads = calloc(threads, sizeof(*work->threads));
-	if (!work->threads)
-		error = status_set(ENOMEM, "open engine: work threads: out of memory");
-	for (; !error && work->thread_count < threads; work->thread_count += !error)
-		error = engine_thread(&work->threads[work->thread_count], "ob-work", work_run, engine);
-	if (error)
-		work_close(work);
-	return error;
-}
-
 /* ---- lifetime ---- */
 
 int ob_engine_open(const ob_engine_config *config, struct ob_engine **out)
@@ -207,32 +125,29 @@ int ob_engine_open(const ob_engine_config *config, struct ob_engine **out)
 	struct ob_engine *engine;
 	int error;
 
-	if (config->work_threads < 1 || config->work_threads > 256 || config->fetch_bytes < OB_EXTENT_SIZE)
+	if (config->work_threads < 1 || config->work_threads > WORK_THREADS_MAX || config->fetch_bytes < OB_EXTENT_SIZE)
 		return status_set(EINVAL, "open engine: config: a field is out of range");
 	engine = calloc(1, sizeof(*engine));
 	if (!engine)
 		return status_set(ENOMEM, "open engine: out of memory");
 	engine->config = *config;
 	atomic_init(&engine->references, 1);
-	error = events_open(&engine->events);
-	if (error)
-		goto no_events;
+	pthread_mutex_init(&engine->work.lock, NULL);
+	pthread_cond_init(&engine->work.wake, NULL);
+	STAILQ_INIT(&engine->work.requests);
+	engine->events[0] = engine->events[1] = -1;
 	error = fetch_queue_open(engine);
-	if (error)
-		goto no_fetch;
-	error = work_open(engine, config->work_threads);
-	if (error)
-		goto no_work;
+	if (!error && pipe2(engine->events, O_CLOEXEC | O_NONBLOCK))
+		error = status_set(errno, "open engine: pipe: errno %d", errno);
+	for (; !error && engine->work.thread_count < config->work_threads; engine->work.thread_count += !error)
+		error = engine_thread(&engine->work.threads[engine->work.thread_count], "ob-work", work_run, engine);
+	if (error) {
+		ob_engine_close(engine);
+		return error;
+	}
+	fcntl(engine->events[1], F_SETPIPE_SZ, EVENT_BYTES);
 	*out = engine;
 	return 0;
-no_work:
-	fetch_queue_stop(engine);
-	fetch_queue_close(engine);
-no_fetch:
-	events_close(&engine->events);
-no_events:
-	free(engine);
-	return error;
 }
 
 void ob_engine_stop(struct ob_engine *engine)
@@ -261,8 +176,10 @@ void engine_unref(struct ob_engine *engine)
 {
 	if (atomic_fetch_sub(&engine->references, 1) != 1)
 		return;
-	work_close(&engine->work);
+	pthread_cond_destroy(&engine->work.wake);
+	pthread_mutex_destroy(&engine->work.lock);
 	fetch_queue_close(engine);
-	events_close(&engine->events);
+	close(engine->events[0]);
+	close(engine->events[1]);
 	free(engine);
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * engine.h: what outlives every blob and image: threads, the fetch queue, events.
  *
- * Lock order, outer first: fetch queue -> work queue -> events. Nobody holds one of
+ * Lock order, outer first: fetch queue -> work queue. Nobody holds one of
  * them while doing I/O, calling complete() or ready(), or waiting for Python.
  */
 #ifndef OB_ENGINE_H
@@ -10,23 +10,20 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stddef.h>
+#include <sys/queue.h>
 
 #include "fetch.h"
 #include "ob.h"
 
 struct ob_request;
 
-struct event_queue {
-	pthread_mutex_t lock;
-	int fd;                         /* eventfd, readable while events wait */
-	struct event_node *head, **tail;
-};
+enum { WORK_THREADS_MAX = 64 };
 
 struct work_queue {
 	pthread_mutex_t lock;
 	pthread_cond_t wake;
-	struct ob_request *head, **tail;
-	pthread_t *threads;
+	STAILQ_HEAD(, ob_request) requests;
+	pthread_t threads[WORK_THREADS_MAX];
 	uint32_t thread_count;
 	int stopping;
 };
@@ -37,14 +34,14 @@ struct ob_engine {
 	ob_engine_config config;
 	struct fetch_queue fetch;
 	struct work_queue work;
-	struct event_queue events;
+	int events[2];                  /* a pipe of ob_event */
 };
 
 struct ob_engine *engine_ref(struct ob_engine *engine);
 void engine_unref(struct ob_engine *engine);
 
-/* Tell the user something happened. Never blocks, never fails: with no memory left the
- * event is lost, and the state it tells of can still be asked for. */
+/* Tell the user something happened. Never blocks, never fails: if he takes none, later events
+ * are lost, and the state they tell of can still be asked for. */
 void engine_post(struct ob_engine *engine, int kind, int status, uint64_t id);
 
 /* Hand a request whose wait is over to a work thread. */

@@ -11,65 +11,52 @@
 
 #include "cache.h"
 #include "engine.h"
-#include "list.h"
 #include "readahead.h"
 #include "status.h"
 
 enum {
 	FETCH_EXTENTS_MAX = 32,        /* 2 MiB: long enough that a round trip is paid seldom */
+	BUFFER_SIZE = FETCH_EXTENTS_MAX * OB_EXTENT_SIZE,
 	KEPT_BYTES_MAX = 16 << 20      /* fetched but not cacheable (disk full): kept in memory */
 };
 
 /* ---- the queue ---- */
 
+/* Somebody should look for a fetch of this priority. One kept for foreground goes first,
+ * so that the others stay free for more. */
+static void queue_call(struct fetch_queue *queue, int priority)
+{
+	uint32_t kept = priority == OB_FOREGROUND ? queue->idle & queue->foreground : 0;
+	uint32_t able = kept ? kept : queue->idle & ~queue->foreground, one = able & -able;
+
+	queue->idle &= ~one;
+	queue->called |= one;
+}
+
 static void queue_push(struct fetch_queue *queue, struct fetch *fetch)
 {
-	int priority = fetch->lent.priority;
-
-	fetch->next = NULL;
-	fetch->prev = queue->tail[priority];
-	if (fetch->prev)
-		fetch->prev->next = fetch;
-	else
-		queue->head[priority] = fetch;
-	queue->tail[priority] = fetch;
-	/* A thread kept for foreground goes first, so that the others stay free for more. */
-	pthread_cond_signal(&queue->wake[priority == OB_FOREGROUND && queue->idle[1]]);
+	TAILQ_INSERT_TAIL(&queue->queues[fetch->lent.priority], fetch, queued);
+	queue_call(queue, fetch->lent.priority);
 }
 
 static void queue_remove(struct fetch_queue *queue, struct fetch *fetch)
 {
-	int priority = fetch->lent.priority;
-
-	if (fetch->next)
-		fetch->next->prev = fetch->prev;
-	else
-		queue->tail[priority] = fetch->prev;
-	if (fetch->prev)
-		fetch->prev->next = fetch->next;
-	else
-		queue->head[priority] = fetch->next;
-}
-
-static void queue_promote(struct fetch_queue *queue, struct fetch *fetch, int priority)
-{
-	if (fetch->phase != FETCH_QUEUED || fetch->lent.priority <= priority)
-		return;
-	queue_remove(queue, fetch);
-	fetch->lent.priority = priority;
-	queue_push(queue, fetch);
+	TAILQ_REMOVE(&queue->queues[fetch->lent.priority], fetch, queued);
 }
 
 struct fetch *fetch_find(const struct ob_blob *blob, uint64_t extent)
 {
-	struct fetch *fetch = blob->fetches;
+	struct fetch *fetch;
 
-	while (fetch && (extent < fetch->first || extent >= fetch->first + fetch->count))
-		fetch = fetch->blob_next;
-	return fetch;
+	LIST_FOREACH(fetch, &blob->fetches, of_blob) {
+		if (extent >= fetch->first && extent < fetch->first + fetch->count)
+			return fetch;
+	}
+	return NULL;
 }
 
-static struct fetch *fetch_new(struct ob_blob *blob, uint64_t first, uint64_t count, int priority)
+/* Of no extents yet. */
+static struct fetch *fetch_new(struct ob_blob *blob, uint64_t first, int priority)
 {
 	struct fetch *fetch = calloc(1, sizeof(*fetch));
 
@@ -78,32 +65,38 @@ static struct fetch *fetch_new(struct ob_blob *blob, uint64_t first, uint64_t co
 	fetch->blob = blob_hold(blob);
 	fetch->queue = &blob->engine->fetch;
 	fetch->first = first;
-	fetch->count = count;
 	fetch->lent.blob_id = blob->id;
 	fetch->lent.priority = priority;
-	LIST_ADD(blob->fetches, fetch, blob_next, blob_prev);
-	for (uint64_t i = 0; i < count; i++)
-		extent_set(blob, first + i, EXTENT_FETCHING, 0);
+	LIST_INSERT_HEAD(&blob->fetches, fetch, of_blob);
 	queue_push(fetch->queue, fetch);
 	return fetch;
 }
 
 static void fetch_discard(struct fetch *fetch, struct fetch **discarded)
 {
-	LIST_DEL(fetch->blob->fetches, fetch, blob_next, blob_prev);
+	LIST_REMOVE(fetch, of_blob);
 	fetch->next = *discarded;
 	*discarded = fetch;
 }
 
-void fetch_free(struct fetch *discarded)
+void fetch_unlock(struct fetch_queue *queue, struct parked *ready, struct fetch *discarded)
 {
+	uint32_t called = queue->called;
+
+	queue->called = 0;
+	pthread_mutex_unlock(&queue->lock);
+	for (int slot = 0; called; slot++, called >>= 1) {
+		if (called & 1)
+			pthread_cond_signal(&queue->wake[slot]);
+	}
+	parked_ready(ready);
 	while (discarded) {
 		struct fetch *fetch = discarded;
 		struct ob_blob *blob = fetch->blob;
 
 		discarded = fetch->next;
 		if (fetch->lent.buffer)
-			munmap(fetch->lent.buffer, fetch->lent.length);
+			munmap(fetch->lent.buffer, fetch->phase == FETCH_KEPT ? fetch->lent.length : BUFFER_SIZE);
 		free(fetch);
 		blob_release(blob);
 	}
@@ -111,47 +104,22 @@ void fetch_free(struct fetch *discarded)
 
 /* ---- wanting ---- */
 
-/* Room in a queued fetch that ends where `first` begins: its new length, or 0. */
-static struct fetch *fetch_extendable(struct ob_blob *blob, uint64_t first, int priority)
-{
-	struct fetch *fetch = first ? fetch_find(blob, first - 1) : NULL;
-
-	if (fetch && fetch->phase == FETCH_QUEUED && fetch->lent.priority == priority && !fetch->not_before_ns &&
-	    fetch->first + fetch->count == first && fetch->count < FETCH_EXTENTS_MAX)
-		return fetch;
-	return NULL;
-}
-
-/* Put absent extents [first, end) on their way, in as few fetches as the ceiling allows. */
-static void fetch_absent(struct ob_blob *blob, uint64_t first, uint64_t end, int priority)
-{
-	while (first < end) {
-		struct fetch *fetch = fetch_extendable(blob, first, priority);
-		uint64_t room = FETCH_EXTENTS_MAX - (fetch ? fetch->count : 0);
-		uint64_t count = end - first < room ? end - first : room;
-
-		if (fetch) {
-			for (uint64_t i = 0; i < count; i++)
-				extent_set(blob, first + i, EXTENT_FETCHING, 0);
-			fetch->count += count;
-		} else if (!fetch_new(blob, first, count, priority)) {
-			return; /* out of memory: the extents stay absent, waiters find no fetch */
-		}
-		first += count;
-	}
-}
-
 void fetch_missing(struct ob_blob *blob, uint64_t first, uint64_t last, int priority)
 {
 	for (uint64_t extent = first; extent <= last; extent++) {
-		uint64_t end = extent;
+		struct fetch *fetch;
 
-		while (end <= last && extent_kind(blob, end) == EXTENT_ABSENT)
-			end++;
-		if (end > extent) {
-			fetch_absent(blob, extent, end, priority);
-			extent = end;
-		}
+		if (extent_kind(blob, extent) != EXTENT_ABSENT)
+			continue;
+		fetch = extent ? fetch_find(blob, extent - 1) : NULL;
+		/* One that is queued and ends here takes it along, if there is room. */
+		if (!fetch || fetch->phase != FETCH_QUEUED || fetch->lent.priority != priority || fetch->not_before_ns ||
+		    fetch->first + fetch->count != extent || fetch->count == FETCH_EXTENTS_MAX)
+			fetch = fetch_new(blob, extent, priority);
+		if (!fetch)
+			return; /* out of memory: the extents stay absent, waiters find no fetch */
+		extent_set(blob, extent, EXTENT_FETCHING, 0);
+		fetch->count++;
 	}
 }
 
@@ -175,7 +143,11 @@ void fetch_want(struct ob_blob *blob, uint64_t first, uint64_t last, int priorit
 		if (extent_kind(blob, extent) != EXTENT_FETCHING)
 			continue;
 		fetch = fetch_find(blob, extent);
-		queue_promote(queue, fetch, priority);
+		if (fetch->phase == FETCH_QUEUED && fetch->lent.priority > priority) {
+			queue_remove(queue, fetch);
+			fetch->lent.priority = priority;
+			queue_push(queue, fetch);
+		}
 		parked_join(parked, fetch, extent);
 	}
 	if (parked && priority == OB_FOREGROUND)
@@ -198,10 +170,10 @@ static void fetch_abandon(struct fetch *fetch, int failure, struct parked **read
 /* Queued fetches of a blob, all of them. */
 static void fetch_cancel(struct ob_blob *blob, struct parked **ready, struct fetch **discarded)
 {
-	struct fetch *fetch = blob->fetches, *after;
+	struct fetch *fetch, *after;
 
-	for (; fetch; fetch = after) {
-		after = fetch->blob_next;
+	for (fetch = LIST_FIRST(&blob->fetches); fetch; fetch = after) {
+		after = LIST_NEXT(fetch, of_blob);
 		if (fetch->phase != FETCH_QUEUED)
 			continue;
 		queue_remove(fetch->queue, fetch);
@@ -213,9 +185,11 @@ static void fetch_cancel(struct ob_blob *blob, struct parked **ready, struct fet
 /* The policy has run out: nobody waits for this blob any more, until it is well again. */
 void fetch_go_down(struct ob_blob *blob, struct parked **ready, struct fetch **discarded)
 {
+	struct fetch *fetch;
+
 	blob->down = 1;
 	engine_post(blob->engine, OB_EVENT_BLOB_DOWN, 0, blob->id);
-	for (struct fetch *fetch = blob->fetches; fetch; fetch = fetch->blob_next)
+	LIST_FOREACH(fetch, &blob->fetches, of_blob)
 		parked_settle_fetch(fetch, -EIO, ready);
 	fetch_cancel(blob, ready, discarded);
 }
@@ -244,9 +218,10 @@ static int fetch_trim(struct fetch *fetch)
 static struct fetch *queue_pick(struct fetch_queue *queue, int lowest, uint64_t budget, int64_t *until_ns)
 {
 	int64_t now = engine_now();
+	struct fetch *fetch;
 
 	for (int priority = 0; priority <= lowest; priority++) {
-		for (struct fetch *fetch = queue->head[priority]; fetch; fetch = fetch->next) {
+		TAILQ_FOREACH(fetch, &queue->queues[priority], queued) {
 			if (fetch->not_before_ns > now) {
 				if (fetch->not_before_ns < *until_ns)
 					*until_ns = fetch->not_before_ns;
@@ -260,30 +235,64 @@ static struct fetch *queue_pick(struct fetch_queue *queue, int lowest, uint64_t 
 	return NULL;
 }
 
-static int fetch_lend(struct fetch *fetch)
+static int fetch_lend(struct fetch_queue *queue, struct fetch *fetch)
 {
-	uint64_t offset = fetch->first * OB_EXTENT_SIZE;
-	uint64_t length = (fetch->count - 1) * OB_EXTENT_SIZE + extent_length(fetch->blob, fetch->first + fetch->count - 1);
-	void *buffer = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	void *buffer = queue->spares ? queue->spare[--queue->spares] : mmap(NULL, BUFFER_SIZE, PROT_READ | PROT_WRITE,
+	                                                                   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
 	if (buffer == MAP_FAILED)
-		return status_set(ENOMEM, "fetch: buffer of %llu bytes: out of memory", (unsigned long long)length);
-	queue_remove(fetch->queue, fetch);
+		return status_set(ENOMEM, "fetch: buffer of %d bytes: out of memory", BUFFER_SIZE);
+	queue_remove(queue, fetch);
 	fetch->phase = FETCH_LENT;
 	fetch->published = 0;
-	fetch->lent.offset = offset;
-	fetch->lent.length = length;
+	fetch->lent.offset = fetch->first * OB_EXTENT_SIZE;
+	fetch->lent.length = (fetch->count - 1) * OB_EXTENT_SIZE + extent_length(fetch->blob, fetch->first + fetch->count - 1);
 	fetch->lent.buffer = buffer;
-	fetch->queue->lent_bytes += length;
+	queue->lent_bytes += fetch->lent.length;
 	fetch->blob->fetch_count++;
 	return 0;
+}
+
+/* Somebody more should look, if anything is left to do. */
+static void queue_call_next(struct fetch_queue *queue)
+{
+	for (int priority = OB_FOREGROUND; priority <= OB_BULK; priority++) {
+		if (!TAILQ_EMPTY(&queue->queues[priority])) {
+			queue_call(queue, priority);
+			return;
+		}
+	}
+}
+
+static void spares_free(struct fetch_queue *queue)
+{
+	while (queue->spares)
+		munmap(queue->spare[--queue->spares], BUFFER_SIZE);
+}
+
+/* In a slot, until called or until then. */
+static int queue_wait(struct fetch_queue *queue, int lowest, int64_t until_ns)
+{
+	uint32_t slot, bit;
+
+	if (queue->used == UINT32_MAX)
+		return status_set(EMFILE, "next fetch: more than %d threads wait", FETCH_SLOTS);
+	slot = (uint32_t)__builtin_ctz(~queue->used);
+	bit = (uint32_t)1 << slot;
+	queue->used |= bit;
+	queue->idle |= bit;
+	queue->foreground = lowest == OB_FOREGROUND ? queue->foreground | bit : queue->foreground & ~bit;
+	engine_wait_until(&queue->wake[slot], &queue->lock, until_ns);
+	queue->used &= ~bit;
+	queue->idle &= ~bit;
+	return -EAGAIN;
 }
 
 int ob_fetch_next(struct ob_engine *engine, int lowest, int64_t timeout_ns, ob_fetch **out)
 {
 	struct fetch_queue *queue = &engine->fetch;
 	int64_t until = engine_now() + timeout_ns;
-	int kind = lowest == OB_FOREGROUND, status = -EAGAIN;
+	int status = -EAGAIN;
 	struct fetch *discarded = NULL;
 
 	if (lowest < OB_FOREGROUND || lowest > OB_BULK)
@@ -291,31 +300,27 @@ int ob_fetch_next(struct ob_engine *engine, int lowest, int64_t timeout_ns, ob_f
 	pthread_mutex_lock(&queue->lock);
 	while (status == -EAGAIN) {
 		int64_t wait_until = until;
-		struct fetch *fetch;
+		struct fetch *fetch = queue_pick(queue, lowest, engine->config.fetch_bytes, &wait_until);
 
 		if (queue->stopping) {
 			status = status_set(ESHUTDOWN, "next fetch: the engine is stopping");
-			break;
-		}
-		fetch = queue_pick(queue, lowest, engine->config.fetch_bytes, &wait_until);
-		if (!fetch) {
-			if (engine_now() >= until) {
-				status = -ETIMEDOUT;
-				break;
-			}
-			queue->idle[kind]++;
-			engine_wait_until(&queue->wake[kind], &queue->lock, wait_until);
-			queue->idle[kind]--;
+		} else if (!fetch && engine_now() >= until) {
+			spares_free(queue);
+			status = -ETIMEDOUT;
+		} else if (!fetch) {
+			status = queue_wait(queue, lowest, wait_until);
 		} else if (fetch_trim(fetch)) {
-			status = fetch_lend(fetch);
+			status = fetch_lend(queue, fetch);
 			*out = &fetch->lent;
+			queue_call_next(queue);
 		} else {
 			queue_remove(queue, fetch);
 			fetch_discard(fetch, &discarded);
 		}
 	}
-	pthread_mutex_unlock(&queue->lock);
-	fetch_free(discarded);
+	fetch_unlock(queue, NULL, discarded);
+	if (status == -ETIMEDOUT)
+		http_disconnect();
 	return status;
 }
 
@@ -326,43 +331,35 @@ void fetch_write_failed(struct ob_blob *blob, int error)
 	blob->write_failed = 1;
 }
 
-/* [from, to) of the fetch's extents, all RESIDENT a moment ago, are to be written. */
+/* Write those of extents [from, to) that are RESIDENT; while `writing` is set, they stay so. */
 static void fetch_write(struct fetch *fetch, uint64_t from, uint64_t to)
 {
 	struct ob_blob *blob = fetch->blob;
 	struct fetch_queue *queue = fetch->queue;
 
 	while (from < to) {
-		uint64_t end = from, arrived = 0;
-		int error = 0;
+		int resident = extent_kind(blob, fetch->first + from) == EXTENT_RESIDENT, error = 0;
+		uint64_t end = from + 1;
 
-		pthread_mutex_lock(&queue->lock);
-		while (end < to && extent_kind(blob, fetch->first + end) == EXTENT_RESIDENT)
+		while (end < to && (extent_kind(blob, fetch->first + end) == EXTENT_RESIDENT) == resident)
 			end++;
-		pthread_mutex_unlock(&queue->lock);
-		if (end == from) {
-			from++;
-			continue;
-		}
-		error = extents_write(blob, fetch->first + from, end - from, (uint8_t *)fetch->lent.buffer + from * OB_EXTENT_SIZE);
+		if (resident)
+			error = extents_write(blob, fetch->first + from, end - from, (uint8_t *)fetch->lent.buffer + from * OB_EXTENT_SIZE);
 		pthread_mutex_lock(&queue->lock);
-		for (uint64_t i = from; i < end && !error; i++, arrived++) {
-			extent_set(blob, fetch->first + i, EXTENT_PRESENT, 0);
-			atomic_fetch_or(&blob->state[fetch->first + i], EXTENT_CHECKED);
-		}
+		for (uint64_t i = from; resident && !error && i < end; i++)
+			extent_set(blob, fetch->first + i, EXTENT_PRESENT | EXTENT_CHECKED, 0);
 		if (error) {
 			fetch->keep = 1;
 			fetch_write_failed(blob, error);
-		} else {
-			extents_arrived(blob, arrived);
+		} else if (resident) {
+			extents_arrived(blob, end - from);
 		}
-		pthread_mutex_unlock(&queue->lock);
+		fetch->writing = end < to;
+		if (end == to)
+			pthread_cond_broadcast(&queue->settled);
+		fetch_unlock(queue, NULL, NULL);
 		from = end;
 	}
-	pthread_mutex_lock(&queue->lock);
-	fetch->writing = 0;
-	pthread_cond_broadcast(&queue->settled);
-	pthread_mutex_unlock(&queue->lock);
 }
 
 int ob_fetch_advance(ob_fetch *lent, uint64_t filled)
@@ -390,11 +387,9 @@ int ob_fetch_advance(ob_fetch *lent, uint64_t filled)
 	 * are written, or a later answer could become resident and be overwritten by them. */
 	fetch->writing = to > from;
 	if (to > from)
-		parked_settle(blob, &ready);
-	pthread_mutex_unlock(&fetch->queue->lock);
-	parked_ready(ready);
-	if (to > from)
-		fetch_write(fetch, from, to);
+		parked_settle_fetch(fetch, 0, &ready);
+	fetch_unlock(fetch->queue, ready, NULL);
+	fetch_write(fetch, from, to);
 	return 0;
 }
 
@@ -402,7 +397,7 @@ int ob_fetch_advance(ob_fetch *lent, uint64_t filled)
 
 static void kept_evict(struct fetch_queue *queue, struct fetch *fetch, struct fetch **discarded)
 {
-	LIST_DEL(queue->kept, fetch, next, prev);
+	TAILQ_REMOVE(&queue->kept, fetch, queued);
 	queue->kept_bytes -= fetch->lent.length;
 	for (uint64_t i = 0; i < fetch->count; i++) {
 		if (extent_kind(fetch->blob, fetch->first + i) == EXTENT_RESIDENT)
@@ -414,15 +409,11 @@ static void kept_evict(struct fetch_queue *queue, struct fetch *fetch, struct fe
 static void kept_add(struct fetch_queue *queue, struct fetch *fetch, struct fetch **discarded)
 {
 	fetch->phase = FETCH_KEPT;
-	LIST_ADD(queue->kept, fetch, next, prev);
+	mremap(fetch->lent.buffer, BUFFER_SIZE, fetch->lent.length, 0);
+	TAILQ_INSERT_TAIL(&queue->kept, fetch, queued);
 	queue->kept_bytes += fetch->lent.length;
-	while (queue->kept_bytes > KEPT_BYTES_MAX && queue->kept->next) {
-		struct fetch *oldest = queue->kept;
-
-		while (oldest->next)
-			oldest = oldest->next;
-		kept_evict(queue, oldest, discarded);
-	}
+	while (queue->kept_bytes > KEPT_BYTES_MAX && TAILQ_FIRST(&queue->kept) != fetch)
+		kept_evict(queue, TAILQ_FIRST(&queue->kept), discarded);
 }
 
 void fetch_forget(struct ob_blob *blob)
@@ -433,35 +424,26 @@ void fetch_forget(struct ob_blob *blob)
 
 	pthread_mutex_lock(&queue->lock);
 	fetch_cancel(blob, &ready, &discarded);
-	for (fetch = blob->fetches; fetch; fetch = after) {
-		after = fetch->blob_next;
+	for (fetch = LIST_FIRST(&blob->fetches); fetch; fetch = after) {
+		after = LIST_NEXT(fetch, of_blob);
 		if (fetch->phase == FETCH_KEPT)
 			kept_evict(queue, fetch, &discarded);
 	}
-	pthread_mutex_unlock(&queue->lock);
-	parked_ready(ready);
-	fetch_free(discarded);
+	fetch_unlock(queue, ready, discarded);
 }
 
 /* The unpublished rest goes back to the queue as a fetch of its own. */
 static int fetch_requeue(struct fetch *fetch, int64_t retry_ns)
 {
-	struct fetch *rest = calloc(1, sizeof(*rest));
+	struct fetch *rest = fetch_new(fetch->blob, fetch->first + fetch->published, fetch->lent.priority);
 
 	if (!rest)
 		return -ENOMEM;
-	rest->blob = blob_hold(fetch->blob);
-	rest->queue = fetch->queue;
-	rest->first = fetch->first + fetch->published;
 	rest->count = fetch->count - fetch->published;
-	rest->lent.blob_id = fetch->lent.blob_id;
-	rest->lent.priority = fetch->lent.priority;
 	rest->lent.attempt = fetch->lent.attempt + 1;
 	rest->not_before_ns = engine_now() + retry_ns;
 	parked_move(fetch, rest);
 	fetch->count = fetch->published;
-	LIST_ADD(rest->blob->fetches, rest, blob_next, blob_prev);
-	queue_push(rest->queue, rest);
 	return 0;
 }
 
@@ -477,7 +459,7 @@ static void fetch_failed(struct fetch *fetch, int64_t retry_ns, struct parked **
 	}
 	if (fetch_past_policy(blob, now) && !blob->down)
 		fetch_go_down(blob, ready, discarded);
-	if (retry_ns <= 0 || !fetch->waiters || blob->down || fetch->queue->stopping || fetch_requeue(fetch, retry_ns))
+	if (retry_ns <= 0 || LIST_EMPTY(&fetch->waiters) || blob->down || fetch->queue->stopping || fetch_requeue(fetch, retry_ns))
 		fetch_abandon(fetch, -EIO, ready);
 }
 
@@ -497,15 +479,17 @@ int ob_fetch_finish(ob_fetch *lent, int status, int64_t retry_ns)
 		fetch_failed(fetch, status ? retry_ns : 0, &ready, &discarded);
 	else
 		parked_settle_fetch(fetch, 0, &ready);
-	if (fetch->keep && atomic_load(&fetch->blob->users))
+	if (fetch->keep && atomic_load(&fetch->blob->users)) {
 		kept_add(queue, fetch, &discarded);
-	else
+	} else {
+		if (queue->spares < FETCH_SPARES) {
+			queue->spare[queue->spares++] = fetch->lent.buffer;
+			fetch->lent.buffer = NULL;
+		}
 		fetch_discard(fetch, &discarded);
-	pthread_cond_broadcast(&queue->wake[0]);
-	pthread_cond_broadcast(&queue->wake[1]);
-	pthread_mutex_unlock(&queue->lock);
-	parked_ready(ready);
-	fetch_free(discarded);
+	}
+	queue_call_next(queue);
+	fetch_unlock(queue, ready, discarded);
 	return 0;
 }
 
@@ -513,7 +497,9 @@ int ob_fetch_finish(ob_fetch *lent, int status, int64_t retry_ns)
 
 const uint8_t *fetch_resident(struct ob_blob *blob, uint64_t extent)
 {
-	for (struct fetch *fetch = blob->fetches; fetch; fetch = fetch->blob_next) {
+	struct fetch *fetch;
+
+	LIST_FOREACH(fetch, &blob->fetches, of_blob) {
 		if (extent >= fetch->first && extent < fetch->first + fetch->published && fetch->lent.buffer)
 			return (const uint8_t *)fetch->lent.buffer + (extent - fetch->first) * OB_EXTENT_SIZE;
 	}
@@ -522,7 +508,9 @@ const uint8_t *fetch_resident(struct ob_blob *blob, uint64_t extent)
 
 int fetch_writing(struct ob_blob *blob, uint64_t extent)
 {
-	for (struct fetch *fetch = blob->fetches; fetch; fetch = fetch->blob_next) {
+	struct fetch *fetch;
+
+	LIST_FOREACH(fetch, &blob->fetches, of_blob) {
 		if (fetch->writing && extent >= fetch->first && extent < fetch->first + fetch->count)
 			return 1;
 	}
@@ -531,7 +519,9 @@ int fetch_writing(struct ob_blob *blob, uint64_t extent)
 
 uint32_t fetch_owner_kind(const struct ob_blob *blob, uint64_t extent)
 {
-	for (const struct fetch *fetch = blob->fetches; fetch; fetch = fetch->blob_next) {
+	const struct fetch *fetch;
+
+	LIST_FOREACH(fetch, &blob->fetches, of_blob) {
 		if (fetch->phase != FETCH_KEPT && extent >= fetch->first + fetch->published && extent < fetch->first + fetch->count)
 			return EXTENT_FETCHING;
 	}
@@ -548,8 +538,11 @@ int fetch_queue_open(struct ob_engine *engine)
 	pthread_condattr_init(&monotonic);
 	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
 	pthread_mutex_init(&queue->lock, NULL);
-	pthread_cond_init(&queue->wake[0], &monotonic);
-	pthread_cond_init(&queue->wake[1], &monotonic);
+	for (int priority = OB_FOREGROUND; priority <= OB_BULK; priority++)
+		TAILQ_INIT(&queue->queues[priority]);
+	TAILQ_INIT(&queue->kept);
+	for (int slot = 0; slot < FETCH_SLOTS; slot++)
+		pthread_cond_init(&queue->wake[slot], &monotonic);
 	pthread_cond_init(&queue->settled, &monotonic);
 	pthread_cond_init(&queue->tick, &monotonic);
 	pthread_condattr_destroy(&monotonic);
@@ -564,13 +557,12 @@ void fetch_queue_stop(struct ob_engine *engine)
 	pthread_mutex_lock(&queue->lock);
 	queue->stopping = 1;
 	parked_dismiss(engine, &ready);
-	pthread_cond_broadcast(&queue->wake[0]);
-	pthread_cond_broadcast(&queue->wake[1]);
+	queue->called = queue->used;
 	pthread_cond_broadcast(&queue->settled);
 	pthread_cond_broadcast(&queue->tick);
-	pthread_mutex_unlock(&queue->lock);
-	parked_ready(ready);
-	pthread_join(queue->clock, NULL);
+	fetch_unlock(queue, ready, NULL);
+	if (queue->clock)
+		pthread_join(queue->clock, NULL);
 }
 
 void fetch_queue_close(struct ob_engine *engine)
@@ -579,7 +571,8 @@ void fetch_queue_close(struct ob_engine *engine)
 
 	pthread_cond_destroy(&queue->tick);
 	pthread_cond_destroy(&queue->settled);
-	pthread_cond_destroy(&queue->wake[0]);
-	pthread_cond_destroy(&queue->wake[1]);
+	for (int slot = 0; slot < FETCH_SLOTS; slot++)
+		pthread_cond_destroy(&queue->wake[slot]);
+	spares_free(queue);
 	pthread_mutex_destroy(&queue->lock);
 }

@@ -19,6 +19,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <sys/queue.h>
 
 #include "ob.h"
 #include "parked.h"
@@ -39,22 +40,33 @@ struct fetch {
 	int writing;                   /* its thread is writing the cache */
 	int keep;                      /* some extent could not be written */
 	int64_t not_before_ns;
-	struct waiter *waiters;
-	struct fetch *next, *prev;             /* priority queue or kept list */
-	struct fetch *blob_next, *blob_prev;   /* the blob's fetches */
+	LIST_HEAD(, waiter) waiters;
+	TAILQ_ENTRY(fetch) queued;     /* priority queue or kept list */
+	LIST_ENTRY(fetch) of_blob;
+	struct fetch *next;            /* discarded ones */
 };
+
+enum { FETCH_SLOTS = 32, FETCH_SPARES = 16 };
 
 struct fetch_queue {
 	pthread_mutex_t lock;
-	pthread_cond_t wake[2];         /* fetch threads: [1] those that take foreground only */
-	uint32_t idle[2];               /* ... and how many of each wait */
+	/* Fetch threads that wait, each in a slot: a bit of these masks. The first free slot is
+	 * taken, and the first waiting one called, so that under little load it is one thread
+	 * that works, with warm caches and an open connection. */
+	pthread_cond_t wake[FETCH_SLOTS];
+	uint32_t used, idle;            /* idle: waits, and has not been called */
+	uint32_t foreground;            /* takes foreground only */
+	uint32_t called;                /* to be signalled by fetch_unlock(), once the lock is free */
 	pthread_cond_t settled;         /* a cache write has ended */
 	pthread_cond_t tick;            /* the clock: somebody began to wait */
+	int clock_idle;                 /* ... and it waits for that */
 	pthread_t clock;
-	struct fetch *head[OB_BULK + 1], *tail[OB_BULK + 1];
-	struct parked *parked;
+	TAILQ_HEAD(fetches, fetch) queues[OB_BULK + 1];
+	struct fetches kept;            /* with bytes that could not be written, oldest first */
+	LIST_HEAD(, parked) parked;
 	uint64_t lent_bytes;
-	struct fetch *kept;             /* buffers that could not be written, newest first */
+	void *spare[FETCH_SPARES];      /* buffers given back, until it is quiet */
+	uint32_t spares;
 	uint64_t kept_bytes;
 	int stopping;
 };
@@ -84,17 +96,20 @@ uint32_t fetch_owner_kind(const struct ob_blob *blob, uint64_t extent);
 void fetch_write_failed(struct ob_blob *blob, int error);
 
 /* The blob's policy has run out: nobody waits for it any more, until it is well again.
- * `discarded` is for fetch_free(). */
+ * `discarded` is for fetch_unlock(). */
 void fetch_go_down(struct ob_blob *blob, struct parked **ready, struct fetch **discarded);
 int fetch_past_policy(const struct ob_blob *blob, int64_t now);
 
-/* ---- no lock held ---- */
+/* Frees the lock, wakes fetch threads, tells `ready`, and frees what was taken off every
+ * list: with the last fetch a blob may go, and with the blob the engine and its lock. */
+void fetch_unlock(struct fetch_queue *queue, struct parked *ready, struct fetch *discarded);
 
-/* Fetches taken off every list under the lock: with the last of them a blob may go, and
- * with the blob the engine that owns the lock. Chained by `next`. */
-void fetch_free(struct fetch *discarded);
+/* ---- no lock held ---- */
 
 /* Nobody uses the blob any more: forget what is queued for it. */
 void fetch_forget(struct ob_blob *blob);
+
+/* http.c: close the connections that ob_fetch_http() keeps for this thread. */
+void http_disconnect(void);
 
 #endif

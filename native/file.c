@@ -115,3 +115,10 @@ int ob_file_read(struct ob_file *file, uint64_t offset, void *buffer, uint64_t l
 
 	return parked_wait(file->blob->engine, reading_attempt, reading_want, &reading);
 }
+
+int ob_blob_read(struct ob_blob *blob, uint64_t offset, void *buffer, uint64_t length)
+{
+	struct ob_file whole = { .blob = blob, .size = blob->size };
+
+	return ob_file_read(&whole, offset, buffer, length);
+}

@@ -154,6 +154,32 @@ int ob_fetch_advance(ob_fetch *fetch, uint64_t filled);
  * and somebody still wants it, else its waiters fail with EIO. */
 int ob_fetch_finish(ob_fetch *fetch, int status, int64_t retry_ns);
 
+enum { OB_HTTP_HEADERS = 4 };
+
+/* Where one GET brings a blob's ranges: redirects followed, logged in. */
+typedef struct {
+	const char *failed;                    /* how errors begin: "what failed: which thing" */
+	const char *url;                       /* http or https */
+	const char *headers[OB_HTTP_HEADERS];  /* whole lines; the rest NULL */
+	const char *proxy;                     /* "" for none */
+	const char *ca_path;                   /* directory of trusted certificates, or NULL; and more, as PEM: */
+	const void *certificates;
+	uint64_t certificates_size;
+	int64_t connect_ns;                    /* longest wait to connect */
+	int64_t stall_ns;                      /* longest time with less than ... */
+	uint64_t stall_bytes;                  /* ... that many bytes in it; is kept to a second */
+} ob_http_target;
+
+typedef struct {
+	int32_t status;         /* of the answer that was not what was asked for */
+	char retry_after[60];
+} ob_http_answer;
+
+/* Fills what is not advanced yet with one GET of that range, advancing as it arrives.
+ * Blocks for timeout_ns. 1: it is full. 0: the answer was another; *out, and nothing was
+ * taken of it. -EIO: no answer, or not all of it; what was advanced stays. */
+int ob_fetch_http(ob_fetch *fetch, const ob_http_target *target, int64_t timeout_ns, ob_http_answer *out);
+
 /* ---- files: plain content of a layer --------------------------------------------------- */
 
 typedef struct ob_file ob_file;

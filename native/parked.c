@@ -4,11 +4,11 @@
 #include "parked.h"
 
 #include <errno.h>
+#include <semaphore.h>
 #include <stdlib.h>
 
 #include "cache.h"
 #include "engine.h"
-#include "list.h"
 #include "status.h"
 
 /* How often the deadlines of those who wait are looked at. */
@@ -19,7 +19,7 @@ struct waiter {
 	struct parked *parked;
 	struct fetch *fetch;
 	uint64_t first, last;
-	struct waiter *fetch_next, *fetch_prev;
+	LIST_ENTRY(waiter) of_fetch;
 	struct waiter *parked_next;
 };
 
@@ -28,7 +28,7 @@ static void waiter_end(struct waiter *waiter, int failure)
 	struct parked *parked = waiter->parked;
 	struct waiter **place = &parked->waiters;
 
-	LIST_DEL(waiter->fetch->waiters, waiter, fetch_next, fetch_prev);
+	LIST_REMOVE(waiter, of_fetch);
 	while (*place != waiter)
 		place = &(*place)->parked_next;
 	*place = waiter->parked_next;
@@ -44,7 +44,7 @@ static void parked_collect(struct parked *parked, struct parked **ready)
 	while (parked->waiters)
 		waiter_end(parked->waiters, 0);
 	if (parked->listed)
-		LIST_DEL(parked->engine->fetch.parked, parked, next, prev);
+		LIST_REMOVE(parked, all);
 	parked->listed = 0;
 	parked->next = *ready;
 	*ready = parked;
@@ -80,13 +80,12 @@ void parked_end(struct parked *parked)
 	if (--parked->pending == 0 || parked->failure) {
 		parked_collect(parked, &ready);
 	} else {
-		if (!queue->parked)
+		if (queue->clock_idle)
 			pthread_cond_signal(&queue->tick);
-		LIST_ADD(queue->parked, parked, next, prev);
+		LIST_INSERT_HEAD(&queue->parked, parked, all);
 		parked->listed = 1;
 	}
-	pthread_mutex_unlock(&queue->lock);
-	parked_ready(ready);
+	fetch_unlock(queue, ready, NULL);
 }
 
 /* One waiter for each pair of parked and fetch; it grows with what is asked. */
@@ -109,7 +108,7 @@ void parked_join(struct parked *parked, struct fetch *fetch, uint64_t extent)
 	*waiter = (struct waiter){ .parked = parked, .fetch = fetch, .first = extent, .last = extent,
 	                           .parked_next = parked->waiters };
 	parked->waiters = waiter;
-	LIST_ADD(fetch->waiters, waiter, fetch_next, fetch_prev);
+	LIST_INSERT_HEAD(&fetch->waiters, waiter, of_fetch);
 	parked->pending++;
 }
 
@@ -126,12 +125,12 @@ static int waiter_served(const struct waiter *waiter)
 
 void parked_settle_fetch(struct fetch *fetch, int failure, struct parked **ready)
 {
-	struct waiter *waiter = fetch->waiters, *next;
+	struct waiter *waiter, *next;
 
-	for (; waiter; waiter = next) {
+	for (waiter = LIST_FIRST(&fetch->waiters); waiter; waiter = next) {
 		struct parked *parked = waiter->parked;
 
-		next = waiter->fetch_next;
+		next = LIST_NEXT(waiter, of_fetch);
 		if (!failure && !waiter_served(waiter))
 			continue;
 		waiter_end(waiter, failure);
@@ -143,15 +142,20 @@ void parked_settle_fetch(struct fetch *fetch, int failure, struct parked **ready
 
 void parked_move(struct fetch *from, struct fetch *to)
 {
-	for (struct waiter *waiter = from->waiters; waiter; waiter = waiter->fetch_next)
+	struct waiter *waiter;
+
+	while ((waiter = LIST_FIRST(&from->waiters))) {
+		LIST_REMOVE(waiter, of_fetch);
+		LIST_INSERT_HEAD(&to->waiters, waiter, of_fetch);
 		waiter->fetch = to;
-	to->waiters = from->waiters;
-	from->waiters = NULL;
+	}
 }
 
 void parked_settle(struct ob_blob *blob, struct parked **ready)
 {
-	for (struct fetch *fetch = blob->fetches; fetch; fetch = fetch->blob_next)
+	struct fetch *fetch;
+
+	LIST_FOREACH(fetch, &blob->fetches, of_blob)
 		parked_settle_fetch(fetch, 0, ready);
 }
 
@@ -159,9 +163,11 @@ void parked_dismiss(struct ob_engine *engine, struct parked **ready)
 {
 	struct fetch_queue *queue = &engine->fetch;
 
-	while (queue->parked) {
-		queue->parked->failure = -ESHUTDOWN;
-		parked_collect(queue->parked, ready);
+	struct parked *parked;
+
+	while ((parked = LIST_FIRST(&queue->parked))) {
+		parked->failure = -ESHUTDOWN;
+		parked_collect(parked, ready);
 	}
 }
 
@@ -169,20 +175,16 @@ void parked_dismiss(struct ob_engine *engine, struct parked **ready)
 
 struct sleeper {
 	struct parked parked;
-	pthread_mutex_t lock;
-	pthread_cond_t wake;
-	int done, status;
+	sem_t wake;
+	int status;
 };
 
 static void sleeper_ready(struct parked *parked, int status)
 {
 	struct sleeper *sleeper = (struct sleeper *)parked;
 
-	pthread_mutex_lock(&sleeper->lock);
-	sleeper->done = 1;
 	sleeper->status = status;
-	pthread_cond_signal(&sleeper->wake);
-	pthread_mutex_unlock(&sleeper->lock);
+	sem_post(&sleeper->wake);
 }
 
 int parked_wait(struct ob_engine *engine, int (*attempt)(void *argument),
@@ -193,17 +195,13 @@ int parked_wait(struct ob_engine *engine, int (*attempt)(void *argument),
 
 	if (status != -EAGAIN)
 		return status;
-	pthread_mutex_init(&sleeper.lock, NULL);
-	pthread_cond_init(&sleeper.wake, NULL);
+	sem_init(&sleeper.wake, 0, 0);
 	while (status == -EAGAIN) {
-		sleeper.done = 0;
 		parked_begin(&sleeper.parked, engine);
 		want(argument, &sleeper.parked);
 		parked_end(&sleeper.parked);
-		pthread_mutex_lock(&sleeper.lock);
-		while (!sleeper.done)
-			pthread_cond_wait(&sleeper.wake, &sleeper.lock);
-		pthread_mutex_unlock(&sleeper.lock);
+		while (sem_wait(&sleeper.wake))
+			; /* a signal */
 		if (sleeper.status == -ESHUTDOWN)
 			status = status_set(ESHUTDOWN, "read: the engine is stopping");
 		else if (sleeper.status)
@@ -211,8 +209,7 @@ int parked_wait(struct ob_engine *engine, int (*attempt)(void *argument),
 		else
 			status = attempt(argument);
 	}
-	pthread_cond_destroy(&sleeper.wake);
-	pthread_mutex_destroy(&sleeper.lock);
+	sem_destroy(&sleeper.wake);
 	return status;
 }
 
@@ -239,10 +236,10 @@ static int64_t waiter_deadline(const struct waiter *waiter)
 static void clock_check(struct fetch_queue *queue, struct parked **ready, struct fetch **discarded)
 {
 	int64_t now = engine_now();
-	struct parked *parked = queue->parked, *next;
+	struct parked *parked, *next;
 
-	for (; parked; parked = next) {
-		next = parked->next;
+	for (parked = LIST_FIRST(&queue->parked); parked; parked = next) {
+		next = LIST_NEXT(parked, all);
 		for (struct waiter *waiter = parked->waiters; waiter; waiter = waiter->parked_next) {
 			struct ob_blob *blob = waiter->fetch->blob;
 
@@ -269,15 +266,15 @@ void *parked_clock(void *argument)
 		struct parked *ready = NULL;
 		struct fetch *discarded = NULL;
 
-		if (!queue->parked) {
+		if (LIST_EMPTY(&queue->parked)) {
+			queue->clock_idle = 1;
 			pthread_cond_wait(&queue->tick, &queue->lock);
+			queue->clock_idle = 0;
 			continue;
 		}
 		engine_wait_until(&queue->tick, &queue->lock, engine_now() + TICK_NS);
 		clock_check(queue, &ready, &discarded);
-		pthread_mutex_unlock(&queue->lock);
-		parked_ready(ready);
-		fetch_free(discarded);
+		fetch_unlock(queue, ready, discarded);
 		pthread_mutex_lock(&queue->lock);
 	}
 	pthread_mutex_unlock(&queue->lock);

@@ -7,6 +7,7 @@
 #define OB_PARKED_H
 
 #include <stdint.h>
+#include <sys/queue.h>
 
 struct fetch;
 struct ob_blob;
@@ -25,8 +26,9 @@ struct parked {
 	uint32_t pending;               /* waiters, + 1 until parked_end() */
 	int failure;                    /* first -errno */
 	int64_t start_ns;               /* when the first wait began; kept over several */
-	struct parked *next, *prev;     /* all that wait, for the clock */
+	LIST_ENTRY(parked) all;         /* that wait, for the clock */
 	int listed;
+	struct parked *next;            /* to be told */
 };
 
 void parked_begin(struct parked *parked, struct ob_engine *engine);

@@ -76,5 +76,5 @@ void readahead_mark(struct ob_blob *blob, uint64_t extent)
 	pthread_mutex_lock(&queue->lock);
 	if (!queue->stopping && !blob->down && (atomic_load(&blob->state[extent]) & EXTENT_MARK))
 		readahead_reached(blob, extent, extent);
-	pthread_mutex_unlock(&queue->lock);
+	fetch_unlock(queue, NULL, NULL);
 }

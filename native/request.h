@@ -24,7 +24,7 @@ struct ob_request {
 	uint64_t done;                  /* bytes of buffer that are right */
 	struct parked parked;
 	int status;                     /* how the wait ended */
-	struct ob_request *next;        /* work queue */
+	STAILQ_ENTRY(ob_request) waiting;   /* work queue */
 };
 
 void request_submit(struct ob_request *request);

@@ -31,7 +31,7 @@ THREADS = 8  # a container's start rarely has more misses waiting at once
 ATTEMPT_TIMEOUT = 30.0  # seconds for one range: a slow link's 4 MiB; what has arrived by then is kept
 PROBE_TIMEOUT = 3.0  # seconds; a probe moves a few bytes, and others wait behind it
 PROBE_INTERVAL = 1.0  # seconds between rounds: how late a source's return is noticed
-_IDLE = 60.0  # seconds of one wait for a fetch; Engine.stop() ends it at once
+_IDLE = 15.0  # seconds of one wait for a fetch; after it, kept connections and buffers are given up
 _SPILLED_DELAY = 0.1  # seconds; only waited if what was spilled could not be kept
 
 
@@ -166,8 +166,10 @@ class Pool:
             if self._stopping:
                 raise EngineStopped("fetch: the engine is stopping")
 
+        deadline = time.monotonic() + ATTEMPT_TIMEOUT
         # Its last progress() has advanced everything; to do so again would be news of a source that has failed since.
-        source.read_into(fetch.offset, fetch.buffer, deadline=time.monotonic() + ATTEMPT_TIMEOUT, progress=progress)
+        if not source.fill(fetch, deadline):
+            source.read_into(fetch.offset, fetch.buffer, deadline=deadline, progress=progress)
 
     def _note_failure(self, fetch: Fetch, name: str, error: BlockdevError) -> None:
         """The first failure of a blob is news, the following ones are not."""

@@ -18,11 +18,12 @@ from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
 from urllib.parse import quote, urljoin, urlsplit
 
+from blockdev.engine import Fetch
 from blockdev.errors import CorruptImage, SourceError
 from blockdev.registry.auth import Authorizer, Rejection, Scope
-from blockdev.registry.backoff import Backoff
+from blockdev.registry.backoff import Backoff, LeftAlone
 from blockdev.registry.credentials import Provider
-from blockdev.registry.exchange import Exchange, Reply, Request, Task, Timeouts, origin
+from blockdev.registry.exchange import Exchange, Ranged, Reply, Request, Task, Timeouts, origin
 from formats import oci
 
 ANSWER_SECONDS = 30.0  # for anything but a blob's bytes: a token, a redirect and the answer
@@ -78,6 +79,16 @@ class Body:
         self.reply.__exit__(kind, error, trace)
 
 
+@dataclass
+class _Way:
+    """Where a blob was found."""
+
+    url: str
+    home: bool  # at the registry itself, which wants a login
+    until: float  # monotonic
+    ranged: tuple[str | None, Ranged | None] | None = None  # for the engine, with the login it was made for
+
+
 class Client:
     """A registry, with the credentials of one caller."""
 
@@ -103,7 +114,7 @@ class Client:
         self._base = self._exchange.base(self.host)
         self._authorizer = Authorizer(self._exchange, registry, provider)
         self._lock = threading.Lock()
-        self._targets: dict[tuple[str, str], tuple[str, float]] = {}  # blob → where it was redirected to, until when
+        self._ways: dict[tuple[str, str], _Way] = {}  # to blobs, as they were found last
 
     def close(self) -> None:
         """Drop the kept connections."""
@@ -157,8 +168,7 @@ class Client:
 
         SourceError if the answer is not that range and not the whole blob either.
         """
-        failed = f"reading a blob failed: {self.registry}/{part.repository}@{part.digest}"
-        task = Task(failed, deadline)
+        task = self._reading(part, deadline)
         headers = {"Range": f"bytes={part.offset}-{part.offset + part.length - 1}"}
         request = Request("GET", self._blob_url(part.repository, part.digest), headers)
         reply = self._from_target(task, part, request) or self._follow(task, Scope(part.repository, "pull"), request)
@@ -171,32 +181,57 @@ class Client:
         self._remember(part, reply.url)
         return body
 
-    def _from_target(self, task: Task, part: Part, request: Request) -> Reply | None:
-        """Ask where the blob was found last; None if that is not known, or no longer right."""
+    def fill_part(self, part: Part, fetch: Fetch, deadline: float) -> int:
+        """Have the engine ask where open_part() found the blob last. 206: it has the part. Else it has
+        nothing of it, and open_part() has to find out why: what was answered, 0 if nothing was asked."""
         key = (part.repository, part.digest)
-        target, until = self._targets.get(key, ("", 0.0))
-        if time.monotonic() >= until:
+        way = self._ways.get(key)
+        if way is None or time.monotonic() >= way.until:
+            return 0
+        task = self._reading(part, deadline)
+        header = self._authorizer.header(Scope(part.repository, "pull"), task) if way.home else None
+        if way.ranged is None or header != way.ranged[0]:
+            way.ranged = header, self._exchange.ranged(task, Request("GET", way.url).with_authorization(header))
+        ranged = way.ranged[1]
+        if ranged is None:
+            return 0
+        try:
+            status = self._exchange.fill(task, ranged, fetch)
+        except LeftAlone:
+            raise
+        except SourceError:
+            self._ways.pop(key, None)
+            raise
+        if status != 206:
+            self._ways.pop(key, None)
+        return status
+
+    def _from_target(self, task: Task, part: Part, request: Request) -> Reply | None:
+        """Ask where the blob was redirected to last; None if that is not known, or no longer right."""
+        key = (part.repository, part.digest)
+        way = self._ways.get(key)
+        if way is None or way.home or time.monotonic() >= way.until:
             return None
         try:
-            reply = self._exchange.send(task, Request(request.method, target, request.headers))
+            reply = self._exchange.send(task, Request(request.method, way.url, request.headers))
         except SourceError:
-            self._targets.pop(key, None)
+            self._ways.pop(key, None)
             raise
         if reply.status in (200, 206):
             return reply
-        self._targets.pop(key, None)
+        self._ways.pop(key, None)
         if reply.status in _STALE:
             reply.close()
             return None
         return reply
 
     def _remember(self, part: Part, url: str) -> None:
-        key = (part.repository, part.digest)
+        home = origin(url) == origin(self._base)
         now = time.monotonic()
+        way = _Way(url, home, float("inf") if home else now + TARGET_SECONDS)
         with self._lock:
-            self._targets = {blob: kept for blob, kept in self._targets.items() if kept[1] > now}
-            if origin(url) != origin(self._base):
-                self._targets.setdefault(key, (url, now + TARGET_SECONDS))
+            self._ways = {blob: kept for blob, kept in self._ways.items() if kept.until > now}
+            self._ways.setdefault((part.repository, part.digest), way)
 
     # ---- writing ----------------------------------------------------------------------------
 
@@ -262,6 +297,9 @@ class Client:
 
     def _task(self, doing: str, thing: str, seconds: float) -> Task:
         return Task(f"{doing} failed: {self.registry}{thing}", time.monotonic() + seconds)
+
+    def _reading(self, part: Part, deadline: float) -> Task:
+        return Task(f"reading a blob failed: {self.registry}/{part.repository}@{part.digest}", deadline)
 
     def _url(self, repository: str, rest: str) -> str:
         return f"{self._base}/v2/{quote(repository)}/{quote(rest, safe='/:')}"

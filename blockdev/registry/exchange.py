@@ -29,8 +29,10 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
-from blockdev.errors import AccessDenied, BlockdevError, NotFound, SourceError, UsageError
+from blockdev.engine import Fetch, HttpTarget, Trust
+from blockdev.errors import AccessDenied, BlockdevError, NotFound, SourceError
 from blockdev.registry.backoff import Backoff, LeftAlone
+from blockdev.registry.trust import Trusted
 
 CONNECT_SECONDS = 5.0  # a wrong address is told to a waiting user within this
 STALL_SECONDS = 10.0  # longest silence of a server that has work to do; three fit into eio:30s
@@ -118,10 +120,7 @@ class Reply:
     @property
     def told_to_wait(self) -> float | None:
         """Seconds that the server wants to be left alone for; None if it does not say that."""
-        if self.status not in _BUSY and self.status < _SERVER_ERRORS:
-            return None
-        told = _retry_after(self.header("Retry-After"))
-        return BUSY_SECONDS if told is None and self.status in _BUSY else told
+        return _told(self.status, self.header("Retry-After"))
 
     def header(self, name: str) -> str:
         """A header's value; "" if there is none."""
@@ -207,12 +206,10 @@ class Reply:
 
 
 class _Adapter(HTTPAdapter):
-    """Trusts the system's certificates ($SSL_CERT_FILE too) and the caller's, besides those requests brings."""
+    """Trusts what `trusted` says, besides the certificates that requests brings."""
 
-    def __init__(self, ca: str | None) -> None:
-        self._trust = ssl.create_default_context()
-        if ca is not None:
-            self._trust.load_verify_locations(cadata=ca)
+    def __init__(self, trusted: Trusted) -> None:
+        self._trust = trusted.context
         super().__init__(pool_connections=CONNECTIONS_MAX, pool_maxsize=CONNECTIONS_MAX, max_retries=0)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
@@ -220,6 +217,14 @@ class _Adapter(HTTPAdapter):
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
         return super().proxy_manager_for(proxy, ssl_context=self._trust, **kwargs)
+
+
+@dataclass(frozen=True)
+class Ranged:
+    """A GET that the engine can send by itself, for any range."""
+
+    url: str
+    target: HttpTarget
 
 
 class Exchange:
@@ -232,13 +237,11 @@ class Exchange:
     def __init__(self, *, ca: str | None, plain_http: bool, timeouts: Timeouts, backoff: Backoff) -> None:
         self.backoff = backoff
         self._ca = ca
+        self._trusted = Trusted(ca)
         self._plain_http = plain_http
         self._timeouts = timeouts
         self._settings = requests.Session()  # asked for proxies and $REQUESTS_CA_BUNDLE only
-        try:
-            self._adapter = _Adapter(ca)
-        except (ssl.SSLError, ValueError):
-            raise UsageError("reading the CA certificates failed: --ca: no PEM certificate in it") from None
+        self._adapter = _Adapter(self._trusted)
         # urllib3 logs whole URLs at DEBUG, signatures included.
         logging.getLogger("urllib3.connectionpool").setLevel(logging.INFO)
 
@@ -263,13 +266,7 @@ class Exchange:
         LeftAlone without a request while the host wants none.
         """
         host = urlsplit(request.url).netloc
-        left = task.deadline - time.monotonic()
-        if left <= 0:
-            raise SourceError(f"{_place(task, request.url)}no time left")
-        wait = self.backoff.admit(host)
-        if wait:
-            why = f"{_place(task, request.url)}it told us to wait, {wait:.1f} s more"
-            raise LeftAlone(why, seconds=wait)
+        left = self._time_left(task, request.url)
         stall = request.patience or self._timeouts.stall
         headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity", **request.headers}
         try:
@@ -282,12 +279,71 @@ class Exchange:
             raise SourceError(f"{_place(task, request.url)}{_reason(error)}", host=host) from None
         _log.debug("%s %s: %d", request.method, without_query(request.url), response.status_code)
         reply = Reply(response, request, task, self.backoff, stall)
-        told = reply.told_to_wait
+        self._heed(host, reply.told_to_wait)
+        return reply
+
+    def ranged(self, task: Task, request: Request) -> Ranged | None:
+        """A GET, for fill(); None if the engine cannot send it: through a proxy that does not speak HTTP."""
+        url = requests.Request(request.method, request.url).prepare().url or ""
+        settings: Any = self._settings.merge_environment_settings(url, {}, True, True, None)
+        proxy = requests.utils.select_proxy(url, settings["proxies"]) or ""
+        if "://" in proxy and not proxy.startswith("http://"):
+            return None
+        headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity", **request.headers}
+        try:
+            trust = self._trusted.for_engine(settings["verify"]) if url.startswith("https:") else Trust()
+        except OSError as error:
+            raise SourceError(f"{_place(task, url)}reading certificates failed: {_reason(error)}") from None
+        lines = [f"{name}: {value}" for name, value in headers.items()]
+        target = HttpTarget(
+            _place(task, url).removesuffix(": "),
+            url,
+            lines,
+            proxy=proxy,
+            trust=trust,
+            connect=self._timeouts.connect,
+            stall=self._timeouts.stall,
+            slowest=SLOWEST_RATE,
+        )
+        return Ranged(url, target)
+
+    def fill(self, task: Task, ranged: Ranged, fetch: Fetch) -> int:
+        """Have the engine send it for what the fetch wants, once. 206: all is there. Another status: nothing is.
+
+        As send(), SourceError or LeftAlone if there is no answer, or one that asking again will not change.
+        """
+        host = urlsplit(ranged.url).netloc
+        left = self._time_left(task, ranged.url)
+        try:
+            refusal = fetch.get(ranged.target, timeout=left)
+        except SourceError as error:
+            raise SourceError(str(error), host=host) from None
+        if refusal is None:
+            self.backoff.succeeded(host)
+            return 206
+        _log.debug("GET %s: %d", without_query(ranged.url), refusal.status)
+        told = _told(refusal.status, refusal.retry_after)
+        self._heed(host, told)
+        if told is not None or refusal.status >= _SERVER_ERRORS:
+            why = f"{_place(task, ranged.url)}answered {refusal.status}"
+            raise SourceError(why, retry_after=told, host=host)
+        return refusal.status
+
+    def _time_left(self, task: Task, url: str) -> float:
+        """Seconds for a request to this URL, if it may be sent now."""
+        left = task.deadline - time.monotonic()
+        if left <= 0:
+            raise SourceError(f"{_place(task, url)}no time left")
+        wait = self.backoff.admit(urlsplit(url).netloc)
+        if wait:
+            raise LeftAlone(f"{_place(task, url)}it told us to wait, {wait:.1f} s more", seconds=wait)
+        return left
+
+    def _heed(self, host: str, told: float | None) -> None:
         if told is None:
             self.backoff.answered(host)
         else:
             self.backoff.told(host, told)
-        return reply
 
     def _may_be_plain(self, url: str) -> bool:
         return self._plain_http or (self._ca is None and is_loopback(urlsplit(url).hostname or ""))
@@ -322,6 +378,14 @@ def _place(task: Task, url: str) -> str:
     """The start of a message: what failed, and at which host unless that has been said."""
     said = urlsplit(url).netloc in task.failed
     return f"{task.failed}: " if said else f"{task.failed}: {origin(url)}: "
+
+
+def _told(status: int, retry_after: str) -> float | None:
+    """Seconds that a server wants to be left alone for; None if it does not say that."""
+    if status not in _BUSY and status < _SERVER_ERRORS:
+        return None
+    told = _retry_after(retry_after)
+    return BUSY_SECONDS if told is None and status in _BUSY else told
 
 
 def _retry_after(value: str) -> float | None:

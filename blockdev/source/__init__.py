@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from blockdev.engine import Fetch
 from blockdev.errors import SourceError
 
 PROGRESS_SIZE = 64 << 10  # bytes between two calls of `progress`, at the least: the cache's extent
@@ -37,6 +38,11 @@ class Source(Protocol):
         length. `deadline` is monotonic. SourceError (trying again may help), NotFound,
         AccessDenied; then what progress() reported stays right.
         """
+        ...
+
+    def fill(self, fetch: Fetch, deadline: float) -> bool:
+        """Have the engine get a fetch's bytes by itself, if that can be done now: True, all are there.
+        False: none is, and read_into() is the way. The errors of read_into()."""
         ...
 
     def probe(self, deadline: float) -> None:

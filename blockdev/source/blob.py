@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from blockdev.engine import Fetch
 from blockdev.errors import BlockdevError, SourceError
 from blockdev.registry.backoff import LeftAlone
 from blockdev.registry.client import Body, Client, Part
@@ -113,6 +114,15 @@ class RegistryBlob:
         finally:
             if lone:
                 self._end(lone)
+
+    def fill(self, fetch: Fetch, deadline: float) -> bool:
+        """As Source.fill(): once a range has been answered with a range, until something else comes."""
+        if not self._ranges or not self._lone.over:
+            return False
+        status = self._client.fill_part(self._part(fetch.offset, fetch.length), fetch, deadline)
+        if status == 200:
+            self._ranges = False
+        return status == 206
 
     def _part(self, offset: int, length: int) -> Part:
         return Part(self._repository, self._digest, offset, length)

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 
+from blockdev.engine import Fetch
 from blockdev.errors import SourceError
 from blockdev.source import PROGRESS_SIZE
 
@@ -31,6 +32,10 @@ class FileSource:
                 raise SourceError(f"reading a file failed: {self.name}: no time left")
             filled += self._read(offset + filled, buffer[filled : filled + _PIECE])
             progress(filled)
+
+    def fill(self, fetch: Fetch, deadline: float) -> bool:
+        """As Source.fill(): never."""
+        return False
 
     def probe(self, deadline: float) -> None:
         """As Source.probe()."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from blockdev.engine import Fetch
 from blockdev.errors import SourceError
 from blockdev.registry.backoff import Backoff, LeftAlone
 from blockdev.source import Source, Spilled
@@ -66,6 +67,10 @@ class Retrying:
             else:
                 self._backoff.succeeded(self.host)
                 return
+
+    def fill(self, fetch: Fetch, deadline: float) -> bool:
+        """As Source.fill(): never, since what it asks cannot be asked again."""
+        return False
 
     def probe(self, deadline: float) -> None:
         """As Source.probe(): once."""

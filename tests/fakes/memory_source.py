@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from blockdev.engine import Fetch
 from blockdev.errors import SourceError
 
 _PIECE = 64 << 10
@@ -42,6 +43,9 @@ class MemorySource:
             piece = self.content[offset + start :][: min(_PIECE, len(buffer) - start)]
             buffer[start : start + len(piece)] = piece
             progress(start + len(piece))
+
+    def fill(self, fetch: Fetch, deadline: float) -> bool:
+        return False
 
     def probe(self, deadline: float) -> None:
         self.probes += 1
