@@ -150,8 +150,9 @@ class Channel:
 
 
 def error_body(error: BlockdevError) -> Body:
-    """What tells the peer of an error; raise_error() is its inverse."""
-    return {"error": {"class": type(error).__name__, "message": str(error)}}
+    """What tells the peer of an error, by the nearest class that it knows; raise_error() is its inverse."""
+    known = next(kind.__name__ for kind in (*type(error).__mro__, EngineError) if kind.__name__ in _ERROR_CLASSES)
+    return {"error": {"class": known, "message": str(error)}}
 
 
 def raise_error(body: Body) -> None:

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from blockdev import control
+from blockdev import control, syscalls
 from blockdev.errors import AccessDenied, from_os
 from blockdev.owner import Owner
 from blockdev.root import Root
@@ -58,6 +58,7 @@ class Daemon:
         self._root.acquire(NAME, LEAVE_LIMIT if self._linger is not None else 1.0)
         self._root.check_version()
         threading.stack_size(_STACK)
+        syscalls.return_large_blocks()
         _raise_descriptor_limit()
         try:
             listener = control.listen(self._root.socket)

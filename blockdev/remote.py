@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -28,12 +29,14 @@ from blockdev.origin import Part, block_layers, own_platform
 from blockdev.registry.client import Client
 from blockdev.registry.credentials import Provider
 from blockdev.source.blob import RegistryBlob
+from blockdev.source.retrying import patiently
 from blockdev.supply import Supply
 from formats.errors import FormatError
 from formats.oci import DOCUMENT_SIZE_MAX, Descriptor, Index, Manifest, Reference, parse_manifest
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 60.0  # seconds with a registry that tells us to wait, under the policy `hang`
 Tell = Callable[[str], None]  # one line for whoever asked for the image
 
 
@@ -115,7 +118,7 @@ class Remotes:
         reference = Reference.parse(text)  # locate() has parsed it before
         asked = Access.from_wire(access)
         client = self.client(reference.registry, asked, undo)
-        image = self._resolve(client, reference, tell)
+        image = self._resolve(client, reference, tell, policy.seconds or PATIENCE)
         place = Place(reference.registry, reference.repository, asked.plain_http)
         blobs = [self.open_blob(client, place, blob, policy, undo) for blob in image.layers]
         # Only now: the blobs are in use, so a prune knows that these are needed.
@@ -153,13 +156,13 @@ class Remotes:
 
     # ---- documents ----
 
-    def _resolve(self, client: Client, reference: Reference, tell: Tell) -> _Image:
-        """What the reference means for this machine."""
+    def _resolve(self, client: Client, reference: Reference, tell: Tell, patience: float) -> _Image:
+        """What the reference means for this machine. `patience`: seconds for a registry that tells us to wait."""
         name = str(reference)
         digest = reference.digest or ""
         body, asked = self._catalog.document(digest) if digest else None, False
         if body is None:
-            digest, body, asked = self._ask(client, reference, tell)
+            digest, body, asked = self._ask(client, reference, tell, patience)
         documents = {digest: body}
         fetched = asked
         try:
@@ -177,14 +180,16 @@ class Remotes:
         except FormatError as error:
             raise CorruptImage(f"reading a manifest failed: {name}: {error}") from None
 
-    def _ask(self, client: Client, reference: Reference, tell: Tell) -> tuple[str, bytes, bool]:
+    def _ask(self, client: Client, reference: Reference, tell: Tell, patience: float) -> tuple[str, bytes, bool]:
         """Digest and body that the registry answers with; or those of its last answer, and False."""
         name = str(reference)
+        seen = None if reference.digest else self._catalog.seen(name)
+        body = self._catalog.document(seen.digest) if seen else None
+        # Nobody waits for what can be had from the catalog.
+        deadline = time.monotonic() + (0 if body else patience)
         try:
-            document = client.manifest(reference.repository, reference.identifier)
+            document = patiently(lambda: client.manifest(reference.repository, reference.identifier), deadline)
         except SourceError as error:
-            seen = None if reference.digest else self._catalog.seen(name)
-            body = self._catalog.document(seen.digest) if seen else None
             if seen is None or body is None:
                 raise
             log.warning("registry unreachable image=%s: %s", name, error)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the kernel offers and Python's os module does not: mount(2), loop devices, the mount table.
 
-Promises: every failure is an OSError with its errno and the path concerned; nothing here
-decides anything, and nothing calls into the server of a mount (no stat, no open of what
-is mounted), except attach_loop(), which opens its file. The only user of ctypes.
+Besides, one thing the C library does. Promises: every failure is an OSError with its errno
+and the path concerned; nothing here decides anything, and nothing calls into the server of a
+mount (no stat, no open of what is mounted), except attach_loop(), which opens its file. The
+only user of ctypes.
 """
 
 from __future__ import annotations
@@ -51,6 +52,18 @@ _LOOP_TRIES = 64  # a free device can be taken by somebody else between asking a
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_LARGE = 256 << 10  # bytes; what hashing, hauling and decoding take at a time is larger
+
+
+def return_large_blocks() -> None:
+    """Have the C library give large blocks back when they are freed, whatever thread had them.
+
+    Left alone it learns to keep them, for each arena anew: tens of MiB in a process of many threads.
+    """
+    _libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def _failure(path: Path) -> OSError:

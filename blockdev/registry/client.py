@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple, Self
 from urllib.parse import quote, urljoin, urlsplit
 
 from blockdev.engine import Fetch
-from blockdev.errors import CorruptImage, SourceError
+from blockdev.errors import AccessDenied, CorruptImage, NotFound, SourceError
 from blockdev.registry.auth import Authorizer, Rejection, Scope
 from blockdev.registry.backoff import Backoff, LeftAlone
 from blockdev.registry.credentials import Provider
@@ -175,6 +175,11 @@ class Client:
         try:
             reply.require(200, 206)
             body = _body(reply, part, task)
+        except (AccessDenied, NotFound) as error:
+            if origin(reply.url) == origin(self._base):
+                raise
+            # The registry let us in and sent us there: its store is in disorder, and that may pass.
+            raise SourceError(str(error), host=urlsplit(reply.url).netloc) from None
         except BaseException:
             reply.close()
             raise

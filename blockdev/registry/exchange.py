@@ -215,6 +215,15 @@ class _Adapter(HTTPAdapter):
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, ssl_context=self._trust, **kwargs)
 
+    def close(self) -> None:
+        """Here and now: urllib3 leaves it to the garbage collector, which an idle process may not need for hours."""
+        for manager in (self.poolmanager, *self.proxy_manager.values()):
+            for key in manager.pools.keys():  # noqa: SIM118 - it cannot be iterated itself
+                pool = manager.pools.get(key)
+                if pool:
+                    pool.close()
+        super().close()
+
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
         return super().proxy_manager_for(proxy, ssl_context=self._trust, **kwargs)
 
@@ -240,13 +249,15 @@ class Exchange:
         self._trusted = Trusted(ca)
         self._plain_http = plain_http
         self._timeouts = timeouts
+        self._closed = False
         self._settings = requests.Session()  # asked for proxies and $REQUESTS_CA_BUNDLE only
         self._adapter = _Adapter(self._trusted)
         # urllib3 logs whole URLs at DEBUG, signatures included.
         logging.getLogger("urllib3.connectionpool").setLevel(logging.INFO)
 
     def close(self) -> None:
-        """Drop the kept connections."""
+        """Drop the kept connections. Whoever is still at a request gets no other."""
+        self._closed = True
         self._adapter.close()
 
     def base(self, host: str) -> str:
@@ -332,8 +343,8 @@ class Exchange:
     def _time_left(self, task: Task, url: str) -> float:
         """Seconds for a request to this URL, if it may be sent now."""
         left = task.deadline - time.monotonic()
-        if left <= 0:
-            raise SourceError(f"{_place(task, url)}no time left")
+        if left <= 0 or self._closed:
+            raise SourceError(f"{_place(task, url)}{'it is being closed' if self._closed else 'no time left'}")
         wait = self.backoff.admit(urlsplit(url).netloc)
         if wait:
             raise LeftAlone(f"{_place(task, url)}it told us to wait, {wait:.1f} s more", seconds=wait)

@@ -14,7 +14,7 @@ import pytest
 
 from blockdev.registry.client import Client
 from blockdev.registry.credentials import Provider
-from tests.fakes.fault_proxy import Fault, FaultProxy
+from tests.fakes.fault_proxy import CALM, Fault, FaultProxy, Plan
 from tests.registries import Registry
 from tests.small_image import CONTENT, DIGEST, SECRET, push
 
@@ -57,8 +57,8 @@ def broken(reply: http.client.HTTPResponse) -> object:
 def test_without_faults_it_is_the_registry(proxy: FaultProxy) -> None:
     reply, body = get(proxy)
     assert (reply.status, body) == (206, RIGHT)
-    proxy.inject(*Fault, seed=1, rate=1)
-    proxy.heal()
+    proxy.plan = Plan(tuple(Fault), 1, 1)
+    proxy.plan = CALM
     assert get(proxy)[1] == RIGHT
     assert [(served.length, served.fault) for served in proxy.served] == [(len(RIGHT), None)] * 2
 
@@ -67,9 +67,9 @@ def test_without_faults_it_is_the_registry(proxy: FaultProxy) -> None:
 def test_it_tells_how_long_to_wait_and_keeps_to_it(proxy: FaultProxy, fault: Fault, status: int) -> None:
     forms = set()
     for seed in range(12):
-        proxy.inject(fault, seed=seed, rate=1)
+        proxy.plan = Plan((fault,), seed, 1)
         reply, _ = get(proxy)
-        proxy.heal()
+        proxy.plan = CALM
         assert reply.status == status == get(proxy)[0].status
         value = reply.headers.get("Retry-After", "")
         forms.add("" if not value else "seconds" if value.isdigit() else "date")
@@ -83,27 +83,27 @@ def test_it_tells_how_long_to_wait_and_keeps_to_it(proxy: FaultProxy, fault: Fau
 
 
 def test_it_ignores_a_range(proxy: FaultProxy) -> None:
-    proxy.inject(Fault.IGNORED_RANGE, seed=1, rate=1)
+    proxy.plan = Plan((Fault.IGNORED_RANGE,), 1, 1)
     reply, body = get(proxy)
     assert (reply.status, body) == (200, CONTENT)
     assert proxy.served[-1].length == len(RIGHT)
 
 
 def test_it_cannot_satisfy_a_range(proxy: FaultProxy) -> None:
-    proxy.inject(Fault.NOT_SATISFIABLE, seed=1, rate=1)
+    proxy.plan = Plan((Fault.NOT_SATISFIABLE,), 1, 1)
     reply, body = get(proxy)
     assert (reply.status, reply.headers["Content-Length"], len(body)) == (416, str(len(CONTENT)), 14)
 
 
 def test_it_resets(proxy: FaultProxy) -> None:
-    proxy.inject(Fault.RESET, seed=1, rate=1)
+    proxy.plan = Plan((Fault.RESET,), 1, 1)
     reply, body = get(proxy)
     assert isinstance(broken(reply), ConnectionResetError)
     assert RIGHT.startswith(body)
 
 
 def test_it_ends_early(proxy: FaultProxy) -> None:
-    proxy.inject(Fault.SHORT, seed=1, rate=1)
+    proxy.plan = Plan((Fault.SHORT,), 1, 1)
     reply, body = get(proxy)
     assert int(reply.headers["Content-Length"]) == len(RIGHT) > len(body)
     assert RIGHT.startswith(body)
@@ -111,9 +111,9 @@ def test_it_ends_early(proxy: FaultProxy) -> None:
 
 @pytest.mark.parametrize("fault", [Fault.STALL, Fault.TRICKLE])
 def test_it_stops_or_nearly(proxy: FaultProxy, fault: Fault) -> None:
-    proxy.inject(fault, seed=1, rate=10)
+    proxy.plan = Plan((fault,), 1, 10)
     proxy_seed = next(seed for seed in range(100) if _sends_a_head(proxy, fault, seed))
-    proxy.inject(fault, seed=proxy_seed, rate=10)
+    proxy.plan = Plan((fault,), proxy_seed, 10)
     reply, body = get(proxy, seconds=0.5)
     assert isinstance(broken(reply), TimeoutError)
     assert RIGHT.startswith(body)
@@ -121,21 +121,21 @@ def test_it_stops_or_nearly(proxy: FaultProxy, fault: Fault) -> None:
 
 
 def _sends_a_head(proxy: FaultProxy, fault: Fault, seed: int) -> bool:
-    proxy.inject(fault, seed=seed, rate=10)
-    _, chance = proxy._plan.draw(1)
+    proxy.plan = Plan((fault,), seed, 10)
+    _, chance = proxy.plan.draw(1)
     chance.randrange(len(RIGHT))
     return fault is not Fault.STALL or chance.random() >= 0.5
 
 
 def test_it_sends_wrong_bytes(proxy: FaultProxy) -> None:
-    proxy.inject(Fault.WRONG_BYTES, seed=1, rate=1)
+    proxy.plan = Plan((Fault.WRONG_BYTES,), 1, 1)
     reply, body = get(proxy)
     assert (reply.status, len(body)) == (206, len(RIGHT))
     assert sum(one != other for one, other in zip(body, RIGHT, strict=True)) == 1
 
 
 def test_it_names_another_range(proxy: FaultProxy) -> None:
-    proxy.inject(Fault.WRONG_RANGE, seed=1, rate=1)
+    proxy.plan = Plan((Fault.WRONG_RANGE,), 1, 1)
     reply, _ = get(proxy)
     assert reply.headers["Content-Range"] == f"bytes 1512-71511/{len(CONTENT)}"
 
@@ -154,9 +154,9 @@ def test_tokens_and_signatures_end(registry: Registry, tmp_path: Path) -> None:
         signed = headers["Location"].removeprefix(f"http://{proxy.store_host}")
         assert ask(proxy.store_host, signed, RANGE)[2] == RIGHT
         assert ask(proxy.store_host, signed, login)[0] == 403, "a login is not for the store"
-        proxy.inject(Fault.EXPIRED_REDIRECT, seed=1, rate=1)
+        proxy.plan = Plan((Fault.EXPIRED_REDIRECT,), 1, 1)
         assert ask(proxy.store_host, signed, RANGE)[0] == 403
-        proxy.inject(Fault.EXPIRED_TOKEN, seed=1, rate=1)
+        proxy.plan = Plan((Fault.EXPIRED_TOKEN,), 1, 1)
         assert ask(proxy.host, BLOB, login)[0] == 401
 
 
@@ -172,7 +172,7 @@ def ask(host: str, path: str, headers: dict[str, str] | None = None) -> tuple[in
 def test_names_go_and_return(registry: Registry) -> None:
     known: list[bool] = []
     with FaultProxy(registry.host, resolve=known.append) as proxy:
-        proxy.inject(Fault.NO_DNS, seed=1, rate=10)
+        proxy.plan = Plan((Fault.NO_DNS,), 1, 10)
         with pytest.raises((OSError, http.client.HTTPException)):
             get(proxy)
     assert known == [False, True]

@@ -3,7 +3,7 @@
 
 Three hosts: the front itself, its token service (with `login`) and an object store that the front
 redirects blobs to (with `redirects`). Without faults it is the registry, and passes its contract
-suite. inject() switches faults on: each request draws from a seeded plan whether, and which.
+suite. `plan` switches faults on: each request draws from it, by seed, whether and which.
 `served` is the log of everything it was asked.
 """
 
@@ -44,16 +44,27 @@ class Fault(Enum):
     SHORT = "a body that ends before its Content-Length"
     WRONG_BYTES = "a byte that is not the blob's"
     WRONG_RANGE = "another range than was asked for, by its Content-Range"
-    NO_DNS = "the names do not resolve for a while, and connections break"
+    NO_DNS = "the names do not resolve for a while, and no connection is kept"
 
 
-LOSING = {Fault.RESET, Fault.SHORT, Fault.STALL, Fault.TRICKLE, Fault.WRONG_BYTES, Fault.WRONG_RANGE}
+LOSING = {  # bytes that were asked for and not refused do not arrive, or are wrong
+    Fault.RESET,
+    Fault.SHORT,
+    Fault.STALL,
+    Fault.TRICKLE,
+    Fault.WRONG_BYTES,
+    Fault.WRONG_RANGE,
+    Fault.NO_DNS,
+}
 SLOW = {Fault.STALL: 0.1, Fault.TRICKLE: 0.1, Fault.NO_DNS: 0.1}  # drawn more seldom: each costs seconds
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which fault the n-th request meets: the same for the same seed."""
+    """Which fault the n-th request meets, if any: the same for the same seed.
+
+    `rate` of the requests meet one of the faults, each as often as the others but for the SLOW.
+    """
 
     faults: tuple[Fault, ...]
     seed: int
@@ -66,6 +77,9 @@ class Plan:
             return None, chance
         fault = chance.choice(self.faults)
         return (fault if chance.random() < self.rate * SLOW.get(fault, 1.0) else None), chance
+
+
+CALM = Plan((), 0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -106,12 +120,12 @@ class FaultProxy:
         names: tuple[str, str, str] = ("127.0.0.1",) * 3,
         resolve: Callable[[bool], object] = lambda known: None,
     ) -> None:
+        self.plan = CALM
         self.served: list[Served] = []
         self._upstream = upstream
         self._login = login
         self._redirects = redirects
         self._resolve = resolve
-        self._plan = Plan((), 0, 0.0)
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._epoch = {Fault.EXPIRED_TOKEN: 0, Fault.EXPIRED_REDIRECT: 0}
@@ -123,14 +137,6 @@ class FaultProxy:
         self.host, self.token_host, self.store_host = (
             f"{name}:{port}" for name, port in zip(names, ports, strict=True)
         )
-
-    def inject(self, *faults: Fault, seed: int, rate: float) -> None:
-        """From now on that part of the requests meets one of the faults, each as often as the other."""
-        self._plan = Plan(faults, seed, rate)
-
-    def heal(self) -> None:
-        """No fault from now on; what hosts were told counts on."""
-        self._plan = Plan((), 0, 0.0)
 
     @property
     def secrets(self) -> list[str]:
@@ -166,7 +172,7 @@ class FaultProxy:
 
     def _serve(self, seen: Seen, host: str, rightly: Callable[[Seen], Answer]) -> Answer:
         at, number, asked = time.monotonic(), next(self._numbers), seen.range
-        fault, chance = self._plan.draw(number)
+        fault, chance = self.plan.draw(number)
         answer, told = self._refusal(host, fault, chance), 0.0
         if answer:
             told = self._told[host][1] - at
@@ -181,6 +187,8 @@ class FaultProxy:
             answer = rightly(seen)
             if fault and answer.status == 206:
                 answer = _spoilt(answer, fault, chance)
+        if self._dark and self._dark.is_alive():
+            answer.headers["Connection"] = "close"  # so that the next request has to find us by name
         status = 0 if answer.mute else answer.status
         self.served.append(Served(number, at, host, seen.method, seen.path, asked, status, fault, told))
         return answer
@@ -253,8 +261,6 @@ class FaultProxy:
                 self._resolve(False)
                 self._dark = threading.Timer(MUTE_SECONDS, self._resolve, (True,))
                 self._dark.start()
-        for server in self._servers:
-            server.hang_up()
         return Answer(mute=True)
 
 

@@ -94,14 +94,9 @@ class HttpServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-        self.hang_up()
-
-    def hang_up(self) -> None:
-        """Break all connections there are."""
         for connection in self.connections:
             with contextlib.suppress(OSError):  # the client was first
                 connection.shutdown(socket.SHUT_RDWR)
-        self.connections.clear()
 
     def __enter__(self) -> Self:
         return self
