@@ -17,8 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from blockdev import client
+from blockdev.root import Root
 from tests import leaks, requires
-from tests.commands import WAIT, Run, Start, devices, ended, until, uri_of
+from tests.commands import WAIT, Run, Start, devices, ended, owner_pid, until, uri_of
 from tests.registries import Registry
 from tests.requires import scaled
 
@@ -50,7 +52,7 @@ def held_by(pid: int, run: Path) -> Held:
     kinds = []
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         try:
-            kinds.append(os.readlink(entry))
+            kinds.append(str(entry.readlink()))
         except FileNotFoundError:  # closed meanwhile
             continue
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
@@ -133,6 +135,7 @@ def test_nothing_grows(
     tmp_path: Path,
     run: Run,
     start: Start,
+    root: Root,
     registry: Registry,
     layer: Path,
     record_measured: Callable[[str, dict[str, object]], None],
@@ -140,15 +143,19 @@ def test_nothing_grows(
     requires.requires_mount()
     requires.requires_command("nbdcopy")
     reference = f"{registry.host}/app:1"
-    owner = start("daemon")
-    assert until(lambda: run("ps").returncode == 0 and (tmp_path / "root" / "control.sock").exists())
     assert run("push", layer, reference).returncode == 0
-    rounds = Rounds(run, start, tmp_path, reference, layer)
+    with client.connect(root):  # so that it does not leave between rounds
+        figures = soak(Rounds(run, start, tmp_path, reference, layer), owner_pid(root))
+    record_measured("soak", figures)
+
+
+def soak(rounds: Rounds, pid: int) -> dict[str, object]:
+    """Do all rounds; the figures, once they have been judged."""
     run_folder = Path(os.environ[leaks.RUN_VARIABLE])
 
     def idle() -> Held:
-        assert until(lambda: devices(run) == [])
-        return held_by(owner.pid, run_folder)
+        assert until(lambda: devices(rounds.run) == [])
+        return held_by(pid, run_folder)
 
     for number in range(WARM_UP):
         rounds.one(number)
@@ -161,6 +168,13 @@ def test_nothing_grows(
             samples.append(asdict(idle()))
     assert until(lambda: idle().countable == first.countable), (idle(), first)
     last = idle()
-    figures = {"rounds": number, "minutes": round((time.monotonic() - started) / 60, 1), "warm_up": WARM_UP}
-    record_measured("soak", {**figures, "first": asdict(first), "last": asdict(last), "samples": samples})
     assert abs(last.resident - first.resident) <= MEMORY_TOLERANCE * first.resident, json.dumps(samples)
+    minutes = round((time.monotonic() - started) / 60, 1)
+    return {
+        "rounds": number,
+        "minutes": minutes,
+        "warm_up": WARM_UP,
+        "first": asdict(first),
+        "last": asdict(last),
+        "samples": samples,
+    }
