@@ -11,6 +11,7 @@
 #include "crc32c.h"
 
 #include <endian.h>
+#include <stdbool.h>
 #include <string.h>
 
 #include "ob.h"
@@ -19,8 +20,7 @@
 #define X0 0x80000000u         /* the polynomial 1 */
 
 static uint32_t table[8][256];
-static struct crc32c_way ways[3];
-static uint32_t (*best)(uint32_t, const void *, size_t);
+static crc32c_way ways[3];
 
 static inline uint64_t load64(const uint8_t *p)
 {
@@ -94,7 +94,7 @@ static inline uint64_t multiply(uint32_t crc, uint32_t by)
 }
 
 __attribute__((target("sse4.2,pclmul")))
-static uint32_t crc32c_sse42(uint32_t seed, const void *buffer, size_t length)
+static uint32_t crc32c_fast(uint32_t seed, const void *buffer, size_t length)
 {
 	const uint8_t *p = buffer;
 	uint64_t crc = seed;
@@ -119,14 +119,13 @@ static uint32_t crc32c_sse42(uint32_t seed, const void *buffer, size_t length)
 	return (uint32_t)crc;
 }
 
-static int find_fast(struct crc32c_way *out)
+static bool fast(void)
 {
 	__builtin_cpu_init();
 	if (!__builtin_cpu_supports("sse4.2") || !__builtin_cpu_supports("pclmul"))
-		return 0;
+		return false;
 	fill_shift();
-	*out = (struct crc32c_way){"sse4.2", crc32c_sse42};
-	return 1;
+	return true;
 }
 
 #elif defined(__aarch64__) && defined(__linux__)
@@ -147,7 +146,7 @@ static inline uint32_t step1(uint32_t crc, uint8_t byte)
 	return crc;
 }
 
-static uint32_t crc32c_armv8(uint32_t seed, const void *buffer, size_t length)
+static uint32_t crc32c_fast(uint32_t seed, const void *buffer, size_t length)
 {
 	const uint8_t *p = buffer;
 	uint32_t crc = seed;
@@ -158,38 +157,39 @@ static uint32_t crc32c_armv8(uint32_t seed, const void *buffer, size_t length)
 	return crc;
 }
 
-static int find_fast(struct crc32c_way *out)
+static bool fast(void)
 {
-	if (!(getauxval(AT_HWCAP) & CPU_HAS_CRC32))
-		return 0;
-	*out = (struct crc32c_way){"armv8", crc32c_armv8};
-	return 1;
+	return getauxval(AT_HWCAP) & CPU_HAS_CRC32;
 }
 
 #else
-static int find_fast(struct crc32c_way *out)
+#define crc32c_fast crc32c_portable
+
+static bool fast(void)
 {
-	return 0;
+	return false;
 }
 #endif
 
 __attribute__((constructor))
 static void choose(void)
 {
+	crc32c_way *way = ways;
+
 	fill_table();
-	int count = find_fast(ways);
-	ways[count] = (struct crc32c_way){"portable", crc32c_portable};
-	best = ways[0].function;
+	if (fast())
+		*way++ = crc32c_fast;
+	*way = crc32c_portable;
 }
 
-const struct crc32c_way *crc32c_ways(void)
+const crc32c_way *crc32c_ways(void)
 {
 	return ways;
 }
 
 uint32_t ob_crc32c(uint32_t seed, const void *buffer, uint64_t length)
 {
-	return best(seed, buffer, length);
+	return ways[0](seed, buffer, length);
 }
 
 int ob_is_zero(const void *buffer, uint64_t length)

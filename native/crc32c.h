@@ -9,11 +9,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Best first, the portable one last; all give the same number. Ends with a NULL function. */
-struct crc32c_way {
-	const char *name;
-	uint32_t (*function)(uint32_t seed, const void *buffer, size_t length);
-};
-const struct crc32c_way *crc32c_ways(void);
+typedef uint32_t (*crc32c_way)(uint32_t seed, const void *buffer, size_t length);
+
+/* Best first, the portable one last; all give the same number. Ends with NULL. */
+const crc32c_way *crc32c_ways(void);
 
 #endif

@@ -7,11 +7,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "checked.h"
 #include "engine.h"
 #include "status.h"
 
 enum {
-	SECTOR = 512,
 	RUNS_AT_ONCE = 32   /* of one lookup; a longer answer continues with the next */
 };
 
@@ -77,53 +77,23 @@ uint64_t ob_image_size(struct ob_image *image)
 
 /* ---- reading ---- */
 
-/* One run of a lookup, cut to the bytes that were asked for. */
-struct piece {
-	uint64_t offset, length;     /* in the image */
-	uint64_t file_offset;        /* in the layer's file, for data */
-	int kind, layer;
-};
-
-static size_t image_pieces(const struct ob_image *image, uint64_t offset, uint64_t length, struct piece *pieces)
-{
-	struct run runs[RUNS_AT_ONCE];
-	uint64_t end = offset + length;
-	size_t count = index_lookup(&image->index, offset / SECTOR, (end + SECTOR - 1) / SECTOR, runs, RUNS_AT_ONCE);
-
-	for (size_t i = 0; i < count; i++) {
-		uint64_t from = runs[i].offset_sectors * SECTOR;
-		uint64_t to = from + runs[i].length_sectors * SECTOR;
-		uint64_t skip = from < offset ? offset - from : 0;
-
-		pieces[i] = (struct piece){
-			.offset = from + skip,
-			.length = (to < end ? to : end) - (from + skip),
-			.file_offset = runs[i].moffset_sectors * SECTOR + skip,
-			.kind = runs[i].kind,
-			.layer = runs[i].layer,
-		};
-	}
-	return count;
-}
-
 int image_read(struct ob_image *image, uint64_t offset, uint8_t *buffer, uint64_t length, uint64_t *done)
 {
-	struct piece pieces[RUNS_AT_ONCE];
+	struct run runs[RUNS_AT_ONCE];
 
 	while (*done < length) {
-		size_t count = image_pieces(image, offset + *done, length - *done, pieces);
+		size_t count = index_lookup(&image->index, offset + *done, offset + length, runs, RUNS_AT_ONCE);
 
 		for (size_t i = 0; i < count; i++) {
-			const struct piece *piece = &pieces[i];
 			int error = 0;
 
-			if (piece->kind == OB_RUN_DATA)
-				error = file_try_read(image->files[piece->layer], piece->file_offset, buffer + *done, piece->length);
+			if (runs[i].kind == OB_RUN_DATA)
+				error = file_try_read(image->files[runs[i].layer], runs[i].file_offset, buffer + *done, runs[i].length);
 			else
-				memset(buffer + *done, 0, piece->length);
+				memset(buffer + *done, 0, runs[i].length);
 			if (error)
 				return error;
-			*done += piece->length;
+			*done += runs[i].length;
 		}
 	}
 	return 0;
@@ -131,16 +101,16 @@ int image_read(struct ob_image *image, uint64_t offset, uint8_t *buffer, uint64_
 
 void image_want(struct ob_image *image, uint64_t offset, uint64_t length, struct parked *parked)
 {
-	struct piece pieces[RUNS_AT_ONCE];
+	struct run runs[RUNS_AT_ONCE];
 	uint64_t end = offset + length;
 
 	while (offset < end) {
-		size_t count = image_pieces(image, offset, end - offset, pieces);
+		size_t count = index_lookup(&image->index, offset, end, runs, RUNS_AT_ONCE);
 
 		for (size_t i = 0; i < count; i++) {
-			if (pieces[i].kind == OB_RUN_DATA)
-				file_want(image->files[pieces[i].layer], pieces[i].file_offset, pieces[i].length, parked);
-			offset += pieces[i].length;
+			if (runs[i].kind == OB_RUN_DATA)
+				file_want(image->files[runs[i].layer], runs[i].file_offset, runs[i].length, parked);
+			offset += runs[i].length;
 		}
 	}
 }
@@ -169,7 +139,7 @@ int ob_image_read(struct ob_image *image, uint64_t offset, void *buffer, uint64_
 {
 	struct image_read_call call = { .image = image, .offset = offset, .length = length, .buffer = buffer };
 
-	if (offset > image->size || length > image->size - offset)
+	if (!range_inside(offset, length, image->size))
 		return status_set(EINVAL, "read image: %llu + %llu: past its end at %llu", (unsigned long long)offset,
 		                  (unsigned long long)length, (unsigned long long)image->size);
 	return parked_wait(image->engine, image_attempt, image_miss, &call);
@@ -179,30 +149,26 @@ int ob_image_read(struct ob_image *image, uint64_t offset, void *buffer, uint64_
 
 int ob_image_runs(struct ob_image *image, uint64_t offset, uint64_t length, ob_run *runs, uint32_t max)
 {
-	struct piece pieces[RUNS_AT_ONCE];
-	uint64_t end;
+	struct run found[RUNS_AT_ONCE];
+	uint64_t end = offset + length;
 	uint32_t filled = 0;
 
-	if (offset > image->size || length > image->size - offset || max < 1)
+	if (!range_inside(offset, length, image->size) || max < 1)
 		return status_set(EINVAL, "map image: %llu + %llu: past its end at %llu", (unsigned long long)offset,
 		                  (unsigned long long)length, (unsigned long long)image->size);
-	end = offset + length;
 	while (offset < end) {
-		size_t count = image_pieces(image, offset, end - offset, pieces);
+		size_t count = index_lookup(&image->index, offset, end, found, RUNS_AT_ONCE);
 
-		for (size_t i = 0; i < count; i++) {
+		for (size_t i = 0; i < count; offset += found[i++].length) {
 			ob_run *last = filled ? &runs[filled - 1] : NULL;
-			int layer = pieces[i].kind == OB_RUN_HOLE ? -1 : pieces[i].layer;
 
-			if (last && last->kind == pieces[i].kind && last->layer == layer) {
-				last->length += pieces[i].length;
-			} else {
-				if (filled == max)
-					return (int)filled;
-				runs[filled++] = (ob_run){ .offset = pieces[i].offset, .length = pieces[i].length,
-				                           .kind = pieces[i].kind, .layer = layer };
-			}
-			offset += pieces[i].length;
+			if (last && last->kind == found[i].kind && last->layer == found[i].layer)
+				last->length += found[i].length;
+			else if (filled == max)
+				return (int)filled;
+			else
+				runs[filled++] = (ob_run){ .offset = found[i].offset, .length = found[i].length,
+				                           .kind = found[i].kind, .layer = found[i].layer };
 		}
 	}
 	return (int)filled;

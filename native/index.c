@@ -340,27 +340,21 @@ static size_t find(const struct index *index, uint64_t sector)
 	return position;
 }
 
-size_t index_lookup(const struct index *index, uint64_t first_sector, uint64_t end_sector,
-                    struct run *runs, size_t max)
+size_t index_lookup(const struct index *index, uint64_t offset, uint64_t end, struct run *runs, size_t max)
 {
-	uint64_t at = first_sector;
-	size_t position = find(index, first_sector);
-	size_t count = 0;
+	size_t position = find(index, offset / SECTOR), count = 0;
 
-	while (at < end_sector && count < max) {
-		bool some = position < index->count;
-		struct segment s = some ? index->entries[position] : (struct segment){0, 0};
-		uint64_t start = some ? min_u64(seg_offset(s), end_sector) : end_sector;
+	for (; offset < end && count < max; offset += runs[count++].length) {
+		const struct segment *s = position < index->count ? &index->entries[position] : NULL;
+		uint64_t start = s ? seg_offset(*s) * SECTOR : end;
 
-		if (at < start) {
-			runs[count++] = (struct run){at, start - at, 0, OB_RUN_HOLE, -1};
-			at = start;
+		if (offset < start) {
+			runs[count] = (struct run){offset, min_u64(start, end) - offset, 0, OB_RUN_HOLE, -1};
 			continue;
 		}
-		uint64_t end = min_u64(seg_end(s), end_sector);
-		uint64_t moffset = seg_zeroed(s) ? 0 : seg_moffset(s) + (at - seg_offset(s));
-		runs[count++] = (struct run){at, end - at, moffset, seg_zeroed(s) ? OB_RUN_ZERO : OB_RUN_DATA, seg_layer(s)};
-		at = end;
+		runs[count] = (struct run){offset, min_u64(seg_end(*s) * SECTOR, end) - offset,
+		                           seg_moffset(*s) * SECTOR + (offset - start),
+		                           seg_zeroed(*s) ? OB_RUN_ZERO : OB_RUN_DATA, seg_layer(*s)};
 		position++;
 	}
 	return count;

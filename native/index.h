@@ -27,9 +27,8 @@ struct index {
 
 /* A piece of an answered lookup. */
 struct run {
-	uint64_t offset_sectors;
-	uint64_t length_sectors;
-	uint64_t moffset_sectors;  /* of OB_RUN_DATA: place in the layer's file */
+	uint64_t offset, length;   /* in the image */
+	uint64_t file_offset;      /* of OB_RUN_DATA: in the layer's file */
 	int kind;                  /* OB_RUN_* */
 	int layer;                 /* of OB_RUN_DATA and OB_RUN_ZERO; else -1 */
 };
@@ -40,9 +39,8 @@ struct run {
 int index_add_layer(struct index *index, const ob_layer *layer, uint32_t number);
 void index_free(struct index *index);
 
-/* Map [first_sector, end_sector), at most 2^50 sectors, to at most max runs: they start at
- * first_sector and have no gaps. Returns how many. Never waits. */
-size_t index_lookup(const struct index *index, uint64_t first_sector, uint64_t end_sector,
-                    struct run *runs, size_t max);
+/* Map the bytes [offset, end) to at most max runs: they start at offset and have no gaps.
+ * Returns how many. Never waits. */
+size_t index_lookup(const struct index *index, uint64_t offset, uint64_t end, struct run *runs, size_t max);
 
 #endif

@@ -95,13 +95,30 @@ static struct table random_layer(uint64_t *state, int kind, struct place *model,
 	return table;
 }
 
+/* index_lookup() in sectors, as the tables count. */
+struct sectors {
+	uint64_t offset_sectors, length_sectors, moffset_sectors;
+	int kind, layer;
+};
+
+static size_t lookup(const struct index *index, uint64_t first, uint64_t end, struct sectors *out, size_t max)
+{
+	struct run runs[ROOM];
+	size_t count = index_lookup(index, first * 512, end * 512, runs, max);
+
+	for (size_t i = 0; i < count; i++)
+		out[i] = (struct sectors){runs[i].offset / 512, runs[i].length / 512, runs[i].file_offset / 512, runs[i].kind,
+		                          runs[i].layer};
+	return count;
+}
+
 static void check_lookup(const struct index *index, const struct place *model, uint64_t first, uint64_t end,
                          size_t max)
 {
-	struct run runs[ROOM];
+	struct sectors runs[ROOM];
 
 	for (uint64_t at = first; at < end;) {
-		size_t count = index_lookup(index, at, end, runs, max);
+		size_t count = lookup(index, at, end, runs, max);
 
 		CHECK(count >= 1 && count <= max);
 		for (size_t i = 0; i < count; i++) {
@@ -188,7 +205,7 @@ static void a_nested_log_is_not_quadratic(void)
 	enum { DEPTH = 8000 };
 	struct table table = {0};
 	struct index index = {0};
-	struct run runs[ROOM];
+	struct sectors runs[ROOM];
 
 	for (int copy = 0; copy < 60; copy++)
 		for (uint64_t i = 0; i < DEPTH; i++)
@@ -196,7 +213,7 @@ static void a_nested_log_is_not_quadratic(void)
 	for (uint64_t i = 0; i < 300000; i++)
 		table_add(&table, segment(i, 1 + 16382 * (i % 2), 8, 1));
 	CHECK(add_layer(&index, OB_LAYER_LOG, &table, 0, 0) == 0);
-	CHECK(index_lookup(&index, 0, 1000, runs, ROOM) == 1 && runs[0].kind == OB_RUN_ZERO);
+	CHECK(lookup(&index, 0, 1000, runs, ROOM) == 1 && runs[0].kind == OB_RUN_ZERO);
 	index_free(&index);
 	free(table.at);
 }
@@ -208,7 +225,7 @@ static void a_million_entries_a_layer(void)
 	enum { ENTRIES = 1000000 };
 	struct table even = {0}, odd = {0};
 	struct index index = {0};
-	struct run run;
+	struct sectors run;
 
 	for (uint64_t i = 0; i < ENTRIES; i++) {
 		table_add(&even, segment(8 * i, 5, 8 + i % 1000, 0));
@@ -218,9 +235,9 @@ static void a_million_entries_a_layer(void)
 	CHECK(add_layer(&index, OB_LAYER_SEALED, &odd, 0, 1) == 0);
 	CHECK(index.count == 2 * ENTRIES);
 	for (uint64_t i = 0; i < ENTRIES; i += 331) {
-		CHECK(index_lookup(&index, 8 * i, 8 * i + 8, &run, 1) == 1);
+		CHECK(lookup(&index, 8 * i, 8 * i + 8, &run, 1) == 1);
 		CHECK(run.kind == OB_RUN_DATA && run.length_sectors == 4 && run.moffset_sectors == 8 + i % 1000);
-		CHECK(index_lookup(&index, 8 * i + 6, 8 * i + 8, &run, 1) == 1);
+		CHECK(lookup(&index, 8 * i + 6, 8 * i + 8, &run, 1) == 1);
 		CHECK(run.kind == OB_RUN_ZERO && run.length_sectors == 2 && run.layer == 1);
 	}
 	table_add(&even, padding);
@@ -258,7 +275,7 @@ static void addresses_past_two_tebibytes_are_exact(void)
 	const uint64_t far = 3ull << 31, last = (1ull << 50) - 1; /* 3 TiB; the last sector there is */
 	struct table table = {0};
 	struct index index = {0};
-	struct run runs[ROOM];
+	struct sectors runs[ROOM];
 
 	table_add(&table, segment(0, 8, 8, 0));
 	table_add(&table, segment(far, 16, 100, 0));
@@ -269,18 +286,18 @@ static void addresses_past_two_tebibytes_are_exact(void)
 	table_add(&table, segment(last - 10, 10, 0x7f, 1));
 	CHECK(add_layer(&index, OB_LAYER_SEALED, &table, 0, 1) == 0);
 
-	CHECK(index_lookup(&index, 1ull << 32, (1ull << 32) + 8, runs, ROOM) == 1); /* not sector 0 */
+	CHECK(lookup(&index, 1ull << 32, (1ull << 32) + 8, runs, ROOM) == 1); /* not sector 0 */
 	CHECK(runs[0].kind == OB_RUN_HOLE);
-	CHECK(index_lookup(&index, far - 5, far + 20, runs, ROOM) == 5);
+	CHECK(lookup(&index, far - 5, far + 20, runs, ROOM) == 5);
 	CHECK(runs[0].kind == OB_RUN_HOLE && runs[0].length_sectors == 5);
 	CHECK(runs[1].kind == OB_RUN_DATA && runs[1].length_sectors == 4 && runs[1].moffset_sectors == 100);
 	CHECK(runs[2].kind == OB_RUN_ZERO && runs[2].length_sectors == 2 && runs[2].layer == 1);
 	CHECK(runs[3].kind == OB_RUN_DATA && runs[3].length_sectors == 10 && runs[3].moffset_sectors == 106);
 	CHECK(runs[4].kind == OB_RUN_HOLE && runs[4].length_sectors == 4);
-	CHECK(index_lookup(&index, last, last + 1, runs, ROOM) == 1);
+	CHECK(lookup(&index, last, last + 1, runs, ROOM) == 1);
 	CHECK(runs[0].kind == OB_RUN_DATA && runs[0].offset_sectors == last && runs[0].moffset_sectors == 210);
-	CHECK(index_lookup(&index, 0, last + 1, runs, ROOM) == 8);
-	CHECK(index_lookup(&index, 5, 5, runs, ROOM) == 0);
+	CHECK(lookup(&index, 0, last + 1, runs, ROOM) == 8);
+	CHECK(lookup(&index, 5, 5, runs, ROOM) == 0);
 	index_free(&index);
 	free(table.at);
 }
@@ -303,7 +320,7 @@ static void neighbours_that_continue_each_other_are_one_entry(void)
 static void a_flat_layer_maps_itself(void)
 {
 	struct index index = {0};
-	struct run runs[ROOM];
+	struct sectors runs[ROOM];
 	size_t size = 40000 * 512 + 1;
 	void *zeros = calloc(1, size);
 	ob_file *file = memory_file(engine, zeros, size);
@@ -311,7 +328,7 @@ static void a_flat_layer_maps_itself(void)
 	uint64_t at = 0;
 
 	CHECK(index_add_layer(&index, &layer, 3) == 0);
-	size_t count = index_lookup(&index, 0, 40010, runs, ROOM);
+	size_t count = lookup(&index, 0, 40010, runs, ROOM);
 	for (size_t i = 0; i + 1 < count; i++) {
 		CHECK(runs[i].offset_sectors == at && runs[i].moffset_sectors == at);
 		CHECK(runs[i].kind == OB_RUN_DATA && runs[i].layer == 3);
@@ -404,7 +421,7 @@ static void rubbish_is_answered(void)
 
 	for (int round = 0; round < 4000; round++) {
 		struct index index = {0};
-		struct run runs[ROOM];
+		struct sectors runs[ROOM];
 		int status = 0;
 
 		for (uint32_t layer = 0; status == 0 && layer < 4; layer++) {
@@ -427,7 +444,7 @@ static void rubbish_is_answered(void)
 		if (status == 0) {
 			check_sorted(&index);
 			for (uint64_t at = 0; at < 1ull << 50;) {
-				size_t count = index_lookup(&index, at, 1ull << 50, runs, ROOM);
+				size_t count = lookup(&index, at, 1ull << 50, runs, ROOM);
 
 				CHECK(count > 0 && runs[0].offset_sectors == at);
 				at = runs[count - 1].offset_sectors + runs[count - 1].length_sectors;
