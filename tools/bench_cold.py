@@ -19,7 +19,7 @@ from tools.bench_content import MIB
 from tools.bench_ground import Ground
 from tools.bench_measure import Bar, Row, Sample, contest
 from tools.bench_network import Link, link, range_log, static
-from tools.bench_servers import Served, nbdkit
+from tools.bench_servers import Ociblk, Served, nbdkit
 
 CODEC = "lz4"
 OURS = "ociblk lz4"
@@ -215,8 +215,9 @@ def pull(ground: Ground) -> Iterator[Row]:
     blob_bytes = sum(int(str(layer["size"])) for layer in ground.registry.layers(CODEC))
     rss: list[Sample] = []
 
-    def ours() -> Sample:
+    def ours(before: Callable[[Ociblk], object]) -> Sample:
         with ground.empty() as root:
+            before(root)
             start = time.monotonic()
             root.run("pull", ground.reference(CODEC), "--complete")
             seconds = time.monotonic() - start
