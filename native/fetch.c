@@ -49,7 +49,7 @@ struct fetch *fetch_find(const struct ob_blob *blob, uint64_t extent)
 	struct fetch *fetch;
 
 	LIST_FOREACH(fetch, &blob->fetches, of_blob) {
-		if (extent >= fetch->first && extent < fetch->first + fetch->count)
+		if (fetch->phase != FETCH_KEPT && extent >= fetch->first + fetch->published && extent < fetch->first + fetch->count)
 			return fetch;
 	}
 	return NULL;
@@ -294,6 +294,7 @@ int ob_fetch_next(struct ob_engine *engine, int lowest, int64_t timeout_ns, ob_f
 	int64_t until = engine_now() + timeout_ns;
 	int status = -EAGAIN;
 	struct fetch *discarded = NULL;
+	struct parked *ready = NULL;
 
 	if (lowest < OB_FOREGROUND || lowest > OB_BULK)
 		return status_set(EINVAL, "next fetch: priority %d: unknown", lowest);
@@ -315,10 +316,11 @@ int ob_fetch_next(struct ob_engine *engine, int lowest, int64_t timeout_ns, ob_f
 			queue_call_next(queue);
 		} else {
 			queue_remove(queue, fetch);
+			parked_settle_fetch(fetch, -EAGAIN, &ready);
 			fetch_discard(fetch, &discarded);
 		}
 	}
-	fetch_unlock(queue, NULL, discarded);
+	fetch_unlock(queue, ready, discarded);
 	if (status == -ETIMEDOUT)
 		http_disconnect();
 	return status;
@@ -478,7 +480,7 @@ int ob_fetch_finish(ob_fetch *lent, int status, int64_t retry_ns)
 	if (short_of)
 		fetch_failed(fetch, status ? retry_ns : 0, &ready, &discarded);
 	else
-		parked_settle_fetch(fetch, 0, &ready);
+		parked_settle_fetch(fetch, -EAGAIN, &ready);
 	if (fetch->keep && atomic_load(&fetch->blob->users)) {
 		kept_add(queue, fetch, &discarded);
 	} else {
@@ -519,13 +521,7 @@ int fetch_writing(struct ob_blob *blob, uint64_t extent)
 
 uint32_t fetch_owner_kind(const struct ob_blob *blob, uint64_t extent)
 {
-	const struct fetch *fetch;
-
-	LIST_FOREACH(fetch, &blob->fetches, of_blob) {
-		if (fetch->phase != FETCH_KEPT && extent >= fetch->first + fetch->published && extent < fetch->first + fetch->count)
-			return EXTENT_FETCHING;
-	}
-	return EXTENT_ABSENT;
+	return fetch_find(blob, extent) ? EXTENT_FETCHING : EXTENT_ABSENT;
 }
 
 /* ---- lifetime ---- */

@@ -84,7 +84,7 @@ void fetch_queue_close(struct ob_engine *engine);
 void fetch_want(struct ob_blob *blob, uint64_t first, uint64_t last, int priority, struct parked *parked);
 /* The same, for read-ahead: extents [first, last] that nobody waits for yet. */
 void fetch_missing(struct ob_blob *blob, uint64_t first, uint64_t last, int priority);
-/* The fetch an extent is in, or NULL. */
+/* The fetch that has yet to bring an extent, or NULL. */
 struct fetch *fetch_find(const struct ob_blob *blob, uint64_t extent);
 /* Where a resident extent's bytes are. */
 const uint8_t *fetch_resident(struct ob_blob *blob, uint64_t extent);

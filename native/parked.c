@@ -133,7 +133,7 @@ void parked_settle_fetch(struct fetch *fetch, int failure, struct parked **ready
 		next = LIST_NEXT(waiter, of_fetch);
 		if (!failure && !waiter_served(waiter))
 			continue;
-		waiter_end(waiter, failure);
+		waiter_end(waiter, failure == -EAGAIN ? 0 : failure);
 		/* Not listed: still between begin and end, which will see it. */
 		if (parked->listed && (parked->pending == 0 || parked->failure))
 			parked_collect(parked, ready);

@@ -49,7 +49,8 @@ void parked_move(struct fetch *from, struct fetch *to);
 /* Extents became readable: end the waits that are over, and put those who now have all
  * they asked for on `ready`. */
 void parked_settle(struct ob_blob *blob, struct parked **ready);
-/* The same for one fetch; with a failure, every wait on it ends with that -errno. */
+/* The same for one fetch; with a failure, every wait on it ends with that -errno, and with
+ * -EAGAIN well: what is still missing is in another fetch by now, or on its way to disk. */
 void parked_settle_fetch(struct fetch *fetch, int failure, struct parked **ready);
 /* The engine stops: everybody's wait ends with ESHUTDOWN. */
 void parked_dismiss(struct ob_engine *engine, struct parked **ready);
