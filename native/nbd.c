@@ -375,9 +375,13 @@ static void read_complete(struct ob_request *request, int status)
 /* Wait until another read of that length may be parked. */
 static bool nbd_admit(struct ob_nbd *nbd, uint64_t length)
 {
-	while (nbd->parked && (nbd->parked >= PARKED_MAX || nbd->parked_bytes + length > PARKED_BYTES_MAX))
-		if (!nbd_collect(nbd) || nbd_wait(nbd, 0, -1))
+	while (nbd->parked && (nbd->parked >= PARKED_MAX || nbd->parked_bytes + length > PARKED_BYTES_MAX)) {
+		uint32_t before = nbd->parked;
+
+		/* Their wake may be spent: it is only waited for when there was nothing to collect. */
+		if (!nbd_collect(nbd) || (nbd->parked == before && nbd_wait(nbd, 0, -1)))
 			return false;
+	}
 	return true;
 }
 

@@ -109,13 +109,13 @@ static inline uint32_t header_build(uint8_t header[HEADER_MAX], int reply, int s
 /* Append a descriptor to `count` of them, or lengthen the last if it says the same. */
 static inline uint32_t extents_add(uint8_t *extents, uint32_t count, uint64_t length, uint32_t state)
 {
-	uint8_t *last = extents + 8 * ((uint64_t)count - 1);
+	uint8_t *end = extents + 8 * (uint64_t)count;
 
-	if (count && get_be(last + 4, 4) == state) {
-		put_be(last, get_be(last, 4) + length, 4);
+	if (count && get_be(end - 4, 4) == state) {
+		put_be(end - 8, get_be(end - 8, 4) + length, 4);
 		return count;
 	}
-	put_be(put_be(extents + 8 * (uint64_t)count, length, 4), state, 4);
+	put_be(put_be(end, length, 4), state, 4);
 	return count + 1;
 }
 
