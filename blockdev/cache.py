@@ -14,12 +14,12 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blockdev import entryfiles
+from blockdev import entryfiles, staging
 from blockdev.config import Policy
 from blockdev.engine import Blob, Engine
 from blockdev.entryfiles import EntryFiles
@@ -29,7 +29,7 @@ from formats.errors import FormatError
 
 log = logging.getLogger(__name__)
 
-_PIECE = 4 << 20  # bytes hashed or adopted at a time; a multiple of the extent
+_PIECE = 4 << 20  # bytes hashed at a time; a multiple of the extent
 _WRITE_LIMIT = 10.0  # seconds for a disk to take the last fetches: some 4 MiB each
 _WRITE_POLL = 0.005  # seconds; nothing tells when a write has failed
 _DROP_ROUNDS = 100  # a reader pins an extent for one pread: one more round finds it free
@@ -173,26 +173,44 @@ class Cache:
                     return Entry(self, shared)
         return None
 
-    def adopt(self, fd: int, digest: str) -> None:
-        """Take a local file in as the whole blob `digest`, verified.
+    def adopt(self, fd: int, digest: str = "") -> str:
+        """Take a local file in as a whole blob, verified; its digest ("": to be found out).
 
-        CorruptImage if it is another blob; the file may be read more than once, and must not change.
+        Devices that wait for parts of it get them at once. A blob that is here already is left as it
+        is. CorruptImage if the file is not `digest`; it may be read more than once, and must not change.
         """
         try:
             size = os.fstat(fd).st_size
-            found = _digest_of(fd, digest)
+            wanted = _wanted(digest or staging.digest_of(fd, "sha256"), size)
         except OSError as error:
             raise from_os("adopt blob", error, digest) from error
+        digest = wanted.blob_digest
+        with self._lock:
+            found = self._stat(digest)
+        if found.verified and found.size == size:
+            return digest
+        if not found.in_use:
+            with staging.Copy(self._blobs, fd, digest) as copy, self._lock:
+                if digest not in self._open:
+                    copy.put()
+                    return digest
+        self._store(fd, digest, size)
+        return digest
+
+    def _store(self, fd: int, digest: str, size: int) -> None:
+        """Give a blob in use what it lacks."""
+        found = staging.digest_of(fd, digest.partition(":")[0])
         if found != digest:
             raise CorruptImage(f"adopt blob: {digest}: offset 0: the file's digest is {found}")
         entry = self._use(digest, size, Policy("eio"))
         try:
-            if not (entry.verified and entry.complete):
-                for offset, piece in _pieces(fd):
-                    entry.blob.store(offset, piece)
-                if not entry.complete:
-                    raise EngineError(f"adopt blob: {digest}: not all of it could be written")
-                entry.verify()
+            for offset in range(0, size, staging.PIECE):
+                entry.blob.store(offset, os.pread(fd, staging.PIECE, offset))
+            if not entry.complete:
+                raise EngineError(f"adopt blob: {digest}: not all of it could be written")
+            entry.verify()
+        except OSError as error:
+            raise from_os("adopt blob", error, digest) from error
         finally:
             entry.close()
 
@@ -360,20 +378,3 @@ def _digest_of_blob(blob: Blob, like: str, reach: Callable[[int], None] | None) 
         blob.read_into(offset, piece)
         digest.update(piece)
     return f"{algorithm}:{digest.hexdigest()}"
-
-
-def _digest_of(fd: int, like: str) -> str:
-    algorithm = like.partition(":")[0]
-    if algorithm not in entryfiles.ALGORITHMS:
-        raise UsageError(f"adopt blob: {like}: only {' and '.join(entryfiles.ALGORITHMS)} are known")
-    digest = hashlib.new(algorithm)
-    for _, piece in _pieces(fd):
-        digest.update(piece)
-    return f"{algorithm}:{digest.hexdigest()}"
-
-
-def _pieces(fd: int) -> Iterator[tuple[int, bytes]]:
-    offset = 0
-    while piece := os.pread(fd, _PIECE, offset):
-        yield offset, piece
-        offset += len(piece)

@@ -202,9 +202,8 @@ class Session:
         return {"blobs": [asdict(blob) for blob in pulled]}
 
     def _adopt(self, message: Message) -> Body:
-        """Keep what the descriptor reads as the blob that it is said to be, if it is."""
-        self._owner.cache.adopt(message.descriptors[0], message.body["digest"])
-        return {"digest": message.body["digest"]}
+        """Keep what the descriptor reads as the blob that it is said to be ("": any), if it is."""
+        return {"digest": self._owner.cache.adopt(message.descriptors[0], message.body["digest"])}
 
     def _export(self, message: Message) -> Body:
         """Write the disk to the last descriptor."""
