@@ -9,6 +9,8 @@ CorruptImage that names blob and offset.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,17 +22,25 @@ from formats import lsmt, tar, zfile
 from formats.errors import FormatError
 from formats.readat import Window
 
+log = logging.getLogger(__name__)
+
 # A layer's tables are at its end: the jump table takes 1/1000 of the plain size, the index less.
 # One request brings them for nearly every layer; the ceiling keeps a huge one's first read short.
 _TAIL_SHARE = 256
 _TAIL_MAX = 4 << 20
+_DROP_SECONDS = 1.0  # a disk that takes longer to write 64 KiB is no cache
+_DROP_POLL = 0.01
 
 
 class NamedBlob(NamedTuple):
-    """A blob and what messages call it: its path or its digest. Whoever opened it closes it."""
+    """A blob and what messages call it: its path or its digest. Whoever opened it closes it.
+
+    `doubtful`: its digest has not been checked, so that what came of it may not be what it is.
+    """
 
     name: str
     blob: Blob
+    doubtful: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,14 +107,40 @@ class Layer:
 
 def ask_ahead(blob: Blob) -> None:
     """Have the parts of a blob that open_layer() reads fetched, all at once and without waiting."""
+    for offset, length in _ends(blob):
+        blob.prefetch(offset, length, Priority.PREFETCH)
+
+
+def _ends(blob: Blob) -> list[tuple[int, int]]:
     tail = min(max(EXTENT_SIZE, blob.size // _TAIL_SHARE), _TAIL_MAX, blob.size)
-    blob.prefetch(0, min(EXTENT_SIZE, blob.size), Priority.PREFETCH)
-    blob.prefetch(blob.size - tail, tail, Priority.PREFETCH)
+    start = (blob.size - tail) // EXTENT_SIZE * EXTENT_SIZE
+    return [(0, min(EXTENT_SIZE, blob.size)), (start, blob.size - start)]
 
 
 def open_layer(source: NamedBlob) -> Layer:
-    """Open a read-only layer. CorruptImage if it is none, or is broken; SourceError if it cannot be read."""
-    name, blob = source
+    """Open a read-only layer. CorruptImage if it is none, or is broken; SourceError if it cannot be read.
+
+    Not all heads have checksums: what a doubtful blob is broken by leaves the cache and comes once more.
+    """
+    try:
+        return _open_layer(source)
+    except CorruptImage as error:
+        if not source.doubtful:
+            raise
+        log.warning("layer read again: %s", error)
+        _drop_ends(source.blob)
+    return _open_layer(source)
+
+
+def _drop_ends(blob: Blob) -> None:
+    """What has only just come may be on its way to the disk still, and goes when it is there."""
+    deadline = time.monotonic() + _DROP_SECONDS
+    while not sum(blob.drop(*end) for end in _ends(blob)) and time.monotonic() < deadline:
+        time.sleep(_DROP_POLL)
+
+
+def _open_layer(source: NamedBlob) -> Layer:
+    name, blob = source.name, source.blob
     with _judge(name):
         payload = tar.find_payload(Window(blob, 0, blob.size))
     base, length = (payload.base, payload.length) if payload else (0, blob.size)

@@ -108,7 +108,7 @@ class Session:
             # Frames only: the text of a foreign exception may hold a signed URL.
             frames = "".join(traceback.format_tb(error.__traceback__))
             log.error("%s failed: a defect: %s\n%s", op, type(error).__name__, frames)
-            return control.error_body(EngineError(f"{op} failed: a defect of the owner: {error!r}"))
+            return control.error_body(EngineError(f"{op} failed: a defect of the owner: {type(error).__name__}"))
 
     def _hello(self, message: Message) -> Body:
         return {"pid": os.getpid()}

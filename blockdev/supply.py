@@ -62,7 +62,7 @@ class Supply:
             self._start()
             if entry.complete and not entry.verified:
                 self._whole.put(entry.id)
-        return NamedBlob(digest, entry.blob)
+        return NamedBlob(digest, entry.blob, doubtful=not entry.verified)
 
     def _leave(self, entry: Entry, source: Source) -> None:
         with self._lock:

@@ -35,7 +35,7 @@ def verify_layer(
 
     CorruptImage names the first thing that is wrong. What is not in the cache is fetched.
     """
-    name, blob = layer
+    name, blob = layer.name, layer.blob
     algorithm, _, _ = (digest or "sha256:").partition(":")
     hashed = hashlib.new(algorithm)
     with open_image(engine, [layer]) as image:

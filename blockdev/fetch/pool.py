@@ -32,15 +32,17 @@ ATTEMPT_TIMEOUT = 30.0  # seconds for one range: a slow link's 4 MiB; what has a
 PROBE_TIMEOUT = 3.0  # seconds; a probe moves a few bytes, and others wait behind it
 PROBE_INTERVAL = 1.0  # seconds between rounds: how late a source's return is noticed
 _IDLE = 15.0  # seconds of one wait for a fetch; after it, kept connections and buffers are given up
+REFUSED_DELAY = 5.0  # seconds; readers of a blob that was denied or not found do not each ask about it anew
 _SPILLED_DELAY = 0.1  # seconds; only waited if what was spilled could not be kept
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Supply:
-    """Where a blob's bytes come from."""
+    """Where a blob's bytes come from. `refused_until`: it was denied, or not found (monotonic)."""
 
     blob: Blob
     source: Source
+    refused_until: float = 0.0
 
 
 class Pool:
@@ -125,7 +127,7 @@ class Pool:
             fetch.finish(errno.EIO)
             return
         source = supply.source
-        if self._backoff.waiting(source.name):  # refused a moment ago, as this would be
+        if time.monotonic() < supply.refused_until:
             fetch.finish(errno.EIO)
             return
         wait = self._backoff.waiting(source.host)
@@ -143,7 +145,7 @@ class Pool:
             fetch.finish(errno.EAGAIN, retry=error.seconds)
         except BlockdevError as error:
             self._note_failure(fetch, source.name, error)
-            fetch.finish(errno.EIO, retry=self._pause(source, error))
+            fetch.finish(errno.EIO, retry=self._pause(supply, error))
         except Exception as error:  # noqa: BLE001 - a fetch that is not given back hangs its readers
             _log_defect("fetch", source.name, error)
             fetch.finish(errno.EIO)
@@ -153,11 +155,11 @@ class Pool:
                 log.info("source delivers again source=%s", source.name)
             fetch.finish()
 
-    def _pause(self, source: Source, error: BlockdevError) -> float:
+    def _pause(self, supply: _Supply, error: BlockdevError) -> float:
         """Seconds until a failed fetch is tried again, 0 if never."""
         if error.retriable:
-            return self._backoff.failed(source.host, error)
-        self._backoff.refused(source.name)
+            return self._backoff.failed(supply.source.host, error)
+        supply.refused_until = time.monotonic() + REFUSED_DELAY
         return 0.0
 
     def _read(self, fetch: Fetch, source: Source) -> None:
@@ -196,21 +198,22 @@ class Pool:
             for id, supply in waiting:
                 if self._stopping:
                     break
-                if self._is_well(supply.source):
+                if self._is_well(supply):
                     self._up(id, supply)
             with self._changed:
                 if self._changed.wait_for(lambda: self._stopping, PROBE_INTERVAL if self._down else 0):
                     return
 
-    def _is_well(self, source: Source) -> bool:
-        if self._backoff.waiting(source.name) or self._backoff.waiting(source.host):
+    def _is_well(self, supply: _Supply) -> bool:
+        source = supply.source
+        if time.monotonic() < supply.refused_until or self._backoff.waiting(source.host):
             return False
         try:
             source.probe(time.monotonic() + PROBE_TIMEOUT)
         except BlockdevError as error:
             log.debug("probe failed source=%s: %s", source.name, error)
             if not isinstance(error, LeftAlone):
-                self._pause(source, error)
+                self._pause(supply, error)
             return False
         except Exception as error:  # noqa: BLE001 - without its prober no source would ever come back
             _log_defect("probe", source.name, error)

@@ -22,7 +22,6 @@ DELAY_MAX = 3.0  # a registry that is back is noticed within this
 JITTER = 0.25  # of a delay, added at random: nodes that failed together do not return together
 TOLD_MAX = 60.0  # of a Retry-After: no server gets to stop us for longer
 LIMITED_INTERVAL = 1.0  # between requests to a host that told us to wait
-REFUSED_DELAY = 5.0  # a blob that was denied or not found: its readers do not each ask about it anew
 
 
 class LeftAlone(SourceError):
@@ -82,11 +81,6 @@ class Backoff:
     def told(self, host: str, seconds: float) -> None:
         """The host wants to be left alone for so long."""
         self._leave(host, seconds)
-
-    def refused(self, name: str) -> None:
-        """A blob (by its name) was denied or not found: it is let be for a while, the host is not."""
-        with self._lock:
-            self._hosts[name] = _Host(until=self._clock() + REFUSED_DELAY)
 
     def answered(self, host: str) -> None:
         """The host answered, with whatever; it does not limit us any more."""

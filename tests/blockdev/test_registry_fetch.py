@@ -18,8 +18,8 @@ from blockdev.cache import Cache, Entry
 from blockdev.config import Policy
 from blockdev.engine import Engine
 from blockdev.errors import SourceError
-from blockdev.fetch.pool import Pool
-from blockdev.registry.backoff import REFUSED_DELAY, Backoff
+from blockdev.fetch.pool import REFUSED_DELAY, Pool
+from blockdev.registry.backoff import Backoff
 from blockdev.registry.client import Client
 from blockdev.registry.credentials import Provider
 from blockdev.source.blob import WHOLE_PAUSE, RegistryBlob

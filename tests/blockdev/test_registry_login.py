@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +17,7 @@ import pytest
 from blockdev.errors import AccessDenied, BlockdevError, SourceError
 from blockdev.registry.auth import Challenge, parse_challenge
 from blockdev.registry.client import Client
+from blockdev.registry.credentials import Provider
 from blockdev.source.retrying import patiently
 from tests.authority import Authority
 from tests.fakes.http_server import Answer, HttpServer, Seen
@@ -102,6 +106,23 @@ def test_an_identity_token_is_exchanged(registries: Registries, tokens: TokenSer
     client = Client(registry.host, provider(tmp_path, registry.host, password="unused", identitytoken="refresh-me"))
     push(client)
     assert {seen.method for seen in tokens.seen} == {"POST"}
+
+
+@pytest.mark.parametrize("kind", ["basic", "token"])
+def test_a_credential_that_is_refused_gives_way_to_the_next(
+    registries: Registries, tokens: TokenServer, tmp_path: Path, kind: str
+) -> None:
+    registry = registries(auth=tokens.registry_options()) if kind == "token" else registries(users={"ann": SECRET})
+    helper = tmp_path / "docker-credential-stale"
+    helper.write_text(f'#!/bin/sh\necho \'{{"Username": "ann", "Secret": "{WRONG}"}}\'\n')
+    helper.chmod(0o755)
+    entry = {"auth": base64.b64encode(f"ann:{SECRET}".encode()).decode()}
+    config = {"auths": {registry.host: entry}, "credHelpers": {registry.host: "stale"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    environment = {"DOCKER_CONFIG": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    client = Client(registry.host, Provider.of_environment(environment))
+    push(client)
+    assert read(client, 5, 10) == CONTENT[5:15]
 
 
 @pytest.mark.parametrize("more", [{"password": WRONG}, {"identitytoken": WRONG}])

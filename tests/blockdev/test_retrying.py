@@ -15,7 +15,6 @@ from blockdev.registry.backoff import (
     FIRST_DELAY,
     JITTER,
     LIMITED_INTERVAL,
-    REFUSED_DELAY,
     TOLD_MAX,
     Backoff,
     LeftAlone,
@@ -83,14 +82,6 @@ def test_a_failure_is_the_hosts_that_the_error_names(backoff: Backoff) -> None:
     assert backoff.failed(HOST, SourceError("reading failed: x: answered 503", retry_after=7, host="cdn.example")) == 7
     assert backoff.waiting(HOST) == 0
     assert backoff.admit("cdn.example") == 7
-
-
-def test_a_refused_blob_does_not_count_against_its_host(backoff: Backoff, clock: Clock) -> None:
-    backoff.refused(f"{HOST}/app@sha256:0")
-    assert backoff.waiting(HOST) == backoff.admit(HOST) == 0
-    assert backoff.waiting(f"{HOST}/app@sha256:0") == REFUSED_DELAY
-    clock.now += REFUSED_DELAY
-    assert backoff.waiting(f"{HOST}/app@sha256:0") == 0
 
 
 def test_success_forgets_everything(backoff: Backoff, clock: Clock) -> None:

@@ -27,6 +27,7 @@ from dataclasses import asdict
 
 import pytest
 
+from blockdev.fetch.pool import THREADS
 from tests import requires
 from tests.commands import until
 from tests.fakes.fault_proxy import SLOW, Fault, Plan
@@ -43,7 +44,7 @@ CHANGE = requires.scaled(2, 5)  # seconds until three others are drawn
 WASTE = 1.1
 CALM_WAIT = 60.0  # seconds: what hosts were told has to pass, and a stall or two to end
 IDLE_WAIT = 60.0  # seconds: idle threads give their kept connections up after 15
-THREADS_MAX = 20  # of an owner without devices: fetch threads, the probe, work threads, the verifier, a caller or two
+THREADS_MAX = THREADS + 12  # of an owner without devices: fetch and work threads, clock, probe, verifier, callers
 DESCRIPTORS_MORE = 1  # than before its first image: one caller's
 MEMORY_MORE = 32 * MIB  # than before its first image: an HTTP client in Python, and what the C library keeps
 
