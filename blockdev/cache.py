@@ -22,8 +22,9 @@ from pathlib import Path
 from blockdev import entryfiles, staging
 from blockdev.config import Policy
 from blockdev.engine import Blob, Engine
-from blockdev.entryfiles import EntryFiles
+from blockdev.entryfiles import EntryFiles, Found
 from blockdev.errors import CorruptImage, DeviceError, EngineError, UsageError, from_os
+from blockdev.scan import is_bad
 from formats import presence
 from formats.errors import FormatError
 
@@ -91,6 +92,14 @@ class Entry:
         """
         self._cache._verify(self._state, reach)
 
+    def drop_rotten(self, offset: int, length: int) -> None:
+        """Take an extent away if it is not what its checksum says, whoever reads it meanwhile."""
+        files = self._state.files
+        for _ in range(_DROP_ROUNDS):
+            if not is_bad(files.data_fd, files.map_fd, offset, length) or self.blob.drop(offset, length):
+                return
+        raise DeviceError(f"drop extent: {self.digest}: offset {offset}: it stays in use")
+
     def close(self) -> bool:
         """Give it back; True if nobody else uses the blob, which is then closed. Idempotent."""
         shared, self._shared = self._shared, None
@@ -143,6 +152,10 @@ class Cache:
         entry = self._use(digest, size, policy)
         entry.blob.set_policy(policy)
         return entry
+
+    def use(self, digest: str, size: int) -> Entry:
+        """As open(), beside other users: their policy stays."""
+        return self._use(digest, size, Policy("eio"))
 
     def _use(self, digest: str, size: int, first_policy: Policy) -> Entry:
         wanted = _wanted(digest, size)
@@ -202,7 +215,7 @@ class Cache:
         found = staging.digest_of(fd, digest.partition(":")[0])
         if found != digest:
             raise CorruptImage(f"adopt blob: {digest}: offset 0: the file's digest is {found}")
-        entry = self._use(digest, size, Policy("eio"))
+        entry = self.use(digest, size)
         try:
             for offset in range(0, size, staging.PIECE):
                 entry.blob.store(offset, os.pread(fd, staging.PIECE, offset))
@@ -236,9 +249,27 @@ class Cache:
                 freed += found.allocated
         return Pruned(tuple(removed), tuple(kept), freed)
 
+    def look(self, digest: str) -> Found:
+        """What is on disk of a blob, between openings and removals."""
+        with self._lock:
+            return entryfiles.look(self._blobs, digest)
+
+    def discard(self, digest: str) -> None:
+        """Remove an entry whose files make none. DeviceError if it is in use, or a later version's."""
+        with self._lock:
+            if digest in self._open:
+                raise DeviceError(f"remove cache entry: {digest}: it is in use")
+            found = entryfiles.look(self._blobs, digest)
+            if found.newer:
+                raise DeviceError(f"remove cache entry: {digest}: {found.flaw}")
+            try:
+                entryfiles.remove(self._blobs, digest)
+            except OSError as error:
+                raise from_os("remove cache entry", error) from error
+
     def size_of(self, digest: str) -> int | None:
         """Bytes of a blob that has a usable entry."""
-        found = entryfiles.look(self._blobs, digest)
+        found = self.look(digest)
         return None if found.flaw else found.size
 
     def digests(self) -> list[str]:

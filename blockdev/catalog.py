@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from blockdev.errors import BlockdevError, from_os
-from blockdev.replacement import replacing
+from blockdev.replacement import UNFINISHED, replacing
 from formats import oci
 from formats.errors import FormatError
 
@@ -141,6 +141,7 @@ class Catalog:
             live = self._live(documents, blobs)
             dead = [path for path in documents if _digest_of(path) not in live]
             dead += [path for path in tags if (self._fields(path) or {}).get("digest") not in live]
+            dead += [path for path in self.foreign() if path.name.endswith(UNFINISHED)]
             try:
                 for path in dead:
                     path.unlink()

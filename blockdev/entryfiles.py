@@ -33,7 +33,7 @@ _BROKEN = bytes(presence.SEAL_SIZE)
 class Found:
     """What the files of an entry say of it, unchecked; bytes. `allocated` counts disk space, map included.
 
-    `flaw`: why they hold nothing that could be used.
+    `flaw`: why they hold nothing that could be used. half_made: since one of them is not there.
     """
 
     digest: str
@@ -42,6 +42,8 @@ class Found:
     allocated: int
     verified: bool
     flaw: str = ""
+    half_made: bool = False
+    newer: bool = False  # a later version's
 
 
 class EntryFiles:
@@ -142,9 +144,10 @@ def look(blobs: Path, digest: str) -> Found:
             present = _present_bytes(read_table(file.fileno(), head.size), head.size)
     except FileNotFoundError as error:
         missing = "data" if error.filename == os.fspath(path) else "map"
-        return Found(digest, 0, 0, allocated, verified=False, flaw=f"its {missing} file is missing")
+        return Found(digest, 0, 0, allocated, verified=False, flaw=f"its {missing} is missing", half_made=True)
     except FormatError as error:
-        return Found(digest, 0, 0, allocated, verified=False, flaw=error.what)
+        newer = isinstance(error, presence.NewerVersion)
+        return Found(digest, 0, 0, allocated, verified=False, flaw=error.what, newer=newer)
     return Found(digest, head.size, present, allocated, head.verified and present == head.size)
 
 

@@ -15,6 +15,8 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from blockdev.build.verify import Progress, Verified
@@ -26,6 +28,7 @@ from blockdev.engine import Engine, Event, EventKind
 from blockdev.errors import DeviceError, UsageError
 from blockdev.fetch.pull import Progress as PullProgress
 from blockdev.fetch.pull import Pull, Pulled
+from blockdev.fsck import Check, Finding, Fsck, Refetch, Repair, Report
 from blockdev.image import open_image
 from blockdev.layer import NamedBlob
 from blockdev.origin import Origin
@@ -130,6 +133,19 @@ class Owner:
         with self._lock:
             self._remotes = self._remotes or Remotes(self._supply, self.cache, self._catalog)
             return self._remotes
+
+    def fsck(self, wanted: Check, repair: Repair | None, progress: Progress) -> Report:
+        """Check the cache under whatever runs on it, and repair it if it is said how."""
+        fsck = Fsck(self._root.blobs, self.cache, self._catalog)
+        report, damaged = fsck.check(wanted, progress)
+        if repair is None or not damaged:
+            return report
+        source_of = partial(self._get_remotes().source, repair.access)
+        refetch = Refetch(source_of, self._supply.backoff, repair.policy)
+        bad: list[Finding] = []
+        for blob in damaged:
+            bad += fsck.repair(blob, [one for one in report.bad if one.digest == blob.digest], refetch)
+        return replace(report, bad=tuple(bad))
 
     def prune(self) -> Pruned:
         """Remove the blobs that are not in use, and what is known of images that have none any more."""

@@ -148,11 +148,15 @@ class Remotes:
         digest, size = blob
 
         def source_of(blob: Blob, undo: ExitStack) -> RegistryBlob:
-            source = RegistryBlob(client, place.repository, digest, size, blob.store)
-            undo.callback(source.close)
-            return source
+            return _source(client, place, NamedBlob(digest, blob), undo)
 
         return self._supply.open(digest, size, policy, source_of, undo)
+
+    def source(self, access: Mapping[str, Any], place: Place, blob: NamedBlob, undo: ExitStack) -> RegistryBlob:
+        """Where the bytes of an open blob can be had, for whoever wants them at once."""
+        asked = Access.from_wire(access)
+        asked = replace(asked, plain_http=asked.plain_http or place.plain_http)
+        return _source(self.client(place.registry, asked, undo), place, blob, undo)
 
     # ---- documents ----
 
@@ -210,6 +214,12 @@ class Remotes:
                 self._catalog.keep({digest: client.blob(reference.repository, digest, DOCUMENT_SIZE_MAX)})
             except BlockdevError as error:
                 log.warning("config not kept image=%s: %s", reference, error)
+
+
+def _source(client: Client, place: Place, blob: NamedBlob, undo: ExitStack) -> RegistryBlob:
+    source = RegistryBlob(client, place.repository, blob.name, blob.blob.size, blob.blob.store)
+    undo.callback(source.close)
+    return source
 
 
 def _choose(name: str, index: Index) -> str:

@@ -28,6 +28,7 @@ from blockdev.config import parse_policy
 from blockdev.control import Body, Channel, Message
 from blockdev.device import Device, NbdTransport, State
 from blockdev.errors import BlockdevError, DeviceError, EngineError, UsageError
+from blockdev.fsck import Check, Repair
 from blockdev.origin import Origin
 from blockdev.owner import Owner
 from blockdev.stack import Stack
@@ -60,6 +61,7 @@ class Session:
             "export": self._export,
             "pull": self._pull,
             "adopt": self._adopt,
+            "fsck": self._fsck,
             "cache stat": self._cache_stat,
             "cache prune": self._cache_prune,
             "ps": self._ps,
@@ -204,6 +206,12 @@ class Session:
     def _adopt(self, message: Message) -> Body:
         """Keep what the descriptor reads as the blob that it is said to be ("": any), if it is."""
         return {"digest": self._owner.cache.adopt(message.descriptors[0], message.body["digest"])}
+
+    def _fsck(self, message: Message) -> Body:
+        """Check the cache; repair it if the caller says how to reach registries."""
+        body = message.body
+        repair = Repair(body["access"], parse_policy(body["policy"])) if body["repair"] else None
+        return self._owner.fsck(Check(body["names"], body["digests"]), repair, self._progress()).to_json()
 
     def _export(self, message: Message) -> Body:
         """Write the disk to the last descriptor."""

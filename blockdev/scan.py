@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading what is in the cache, to find what has gone bad: each extent against its checksum.
+
+The files are read as they are on the disk, beside an engine that may be changing them: an
+extent counts as bad only if it differs from its table entry, and the entry is still the
+same afterwards. Nothing is changed here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from blockdev import entryfiles
+from blockdev.engine import crc32c
+from blockdev.entryfiles import Found
+from blockdev.errors import from_os
+from formats.presence import EXTENT_SIZE, TABLE_OFFSET
+
+_ENTRY = 4  # bytes of a table entry
+_PIECE = 64  # extents looked at together: 4 MiB
+_ONES = 0xFFFFFFFF
+
+Progress = Callable[[int], None]  # bytes looked at since the last call
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A part of a blob that is not what it was. whole: all of it, since no extent alone is to blame."""
+
+    digest: str
+    offset: int
+    length: int
+    why: str
+    whole: bool = False
+
+
+def scan(blobs: Path, found: Found, progress: Progress, *, hashed: bool) -> list[Bad]:
+    """What is bad of a blob, from its start; if it is `hashed`, also its digest is taken."""
+    path = entryfiles.path_of(blobs, found.digest)
+    try:
+        with ExitStack() as undo:
+            data = undo.enter_context(open(path, "rb", buffering=0)).fileno()
+            table = undo.enter_context(open(entryfiles.map_of(path), "rb", buffering=0)).fileno()
+            whole = hashlib.new(found.digest.partition(":")[0]) if hashed else None
+            bad = []
+            for first, present, piece in _pieces(data, table, found.size, progress):
+                bad += [Bad(found.digest, *place) for place in _bad_extents(data, table, first, present, piece)]
+                if whole:
+                    whole.update(piece)
+    except FileNotFoundError:  # pruned meanwhile
+        return []
+    except OSError as error:
+        raise from_os("checking the cache failed", error, str(path)) from error
+    if whole and not bad and whole.hexdigest() != found.digest.partition(":")[2]:
+        why = f"every checksum is right, but the {whole.name} is {whole.hexdigest()}"
+        return [Bad(found.digest, 0, found.size, why, whole=True)]
+    return bad
+
+
+def is_bad(data_fd: int, map_fd: int, offset: int, length: int) -> bool:
+    """Whether an extent differs from its table entry, and does not change while one looks."""
+    while entry := _entry(map_fd, offset):
+        content = os.pread(data_fd, length, offset)
+        if len(content) == length and _checksum(content) == entry:
+            return False
+        if _entry(map_fd, offset) == entry:
+            return True
+    return False
+
+
+def _pieces(
+    data_fd: int, map_fd: int, size: int, progress: Progress
+) -> Iterator[tuple[int, memoryview, memoryview]]:
+    """First extent, table entries and content of each piece that has an extent. Valid until the next one."""
+    buffer = memoryview(bytearray(min(_PIECE * EXTENT_SIZE, size)))
+    table = entryfiles.read_table(map_fd, size)
+    for first in range(0, len(table), _PIECE):
+        present = table[first : first + _PIECE]
+        if not any(present):
+            continue
+        start = first * EXTENT_SIZE
+        length = min(len(buffer), size - start)
+        got = os.preadv(data_fd, [buffer[:length]], start)
+        buffer[got:length] = bytes(length - got)
+        yield first, present, buffer[:length]
+        progress(sum(min(EXTENT_SIZE, length - at * EXTENT_SIZE) for at, entry in enumerate(present) if entry))
+
+
+def _bad_extents(
+    data_fd: int, map_fd: int, first: int, present: memoryview, piece: memoryview
+) -> Iterator[tuple[int, int, str]]:
+    for number, entry in enumerate(present):
+        content = piece[number * EXTENT_SIZE : (number + 1) * EXTENT_SIZE]
+        offset = (first + number) * EXTENT_SIZE
+        if entry and _checksum(content) != entry and is_bad(data_fd, map_fd, offset, len(content)):
+            found = _checksum(os.pread(data_fd, len(content), offset))
+            yield offset, len(content), f"its CRC32C is {found:08x}, the map says {entry:08x}"
+
+
+def _entry(map_fd: int, offset: int) -> int:
+    raw = os.pread(map_fd, _ENTRY, TABLE_OFFSET + offset // EXTENT_SIZE * _ENTRY)
+    return int.from_bytes(raw, "little") if len(raw) == _ENTRY else 0
+
+
+def _checksum(content: bytes | memoryview) -> int:
+    """As formats.presence.extent_entry(), by the engine."""
+    return (crc32c(_ONES, content) ^ _ONES) or 1
