@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,51 +11,11 @@ from pathlib import Path
 import pytest
 
 from blockdev import entryfiles
-from blockdev.cache import Cache, Entry
-from blockdev.config import Policy
-from blockdev.engine import Engine
-from blockdev.fetch.pool import Pool
+from blockdev.cache import Entry
 from formats import presence
-from formats.oci import digest_of
 from tests import golden_map
 from tests.commands import until
-from tests.fakes.memory_source import MemorySource
-
-EXTENT = 65536
-CONTENT = random.Random(3).randbytes(6 * EXTENT + 77)
-DIGEST = digest_of(CONTENT)
-POLICY = Policy("eio", 30.0)
-
-
-class Filling:
-    """A cache whose entries are filled from memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self.blobs = folder / "blobs"
-        self.engine = Engine(work_threads=1, readahead_extents=0)
-        self.cache = Cache(self.blobs, self.engine)
-        self.pool = Pool(self.engine, threads=2)
-        self.pool.start()
-        self.source = MemorySource(CONTENT)
-
-    def open(self, content: bytes = CONTENT) -> Entry:
-        """An entry, as after a restart when nobody else has it open."""
-        entry = self.cache.open(digest_of(content), len(content), POLICY)
-        self.source.content = content
-        self.pool.attach(entry.id, entry.blob, self.source)
-        return entry
-
-    def map(self, content: bytes = CONTENT) -> Path:
-        return entryfiles.map_of(entryfiles.path_of(self.blobs, digest_of(content)))
-
-    def sealed(self) -> bool:
-        """What the disk says."""
-        return presence.Head.parse(self.map().read_bytes()[: presence.HEAD_SIZE]).verified
-
-    def close(self) -> None:
-        self.engine.stop()
-        assert self.pool.join(20)
-        self.engine.close()
+from tests.filling import CONTENT, DIGEST, EXTENT, Filling, flip
 
 
 @pytest.fixture
@@ -74,12 +33,6 @@ def verified(filling: Filling) -> Iterator[Entry]:
     assert filling.sealed()
     yield entry
     entry.close()
-
-
-def _flip(path: Path, offset: int, bit: int = 4) -> None:
-    with open(path, "r+b") as file:
-        byte = os.pread(file.fileno(), 1, offset)[0]
-        os.pwrite(file.fileno(), bytes([byte ^ bit]), offset)
 
 
 def test_the_engine_makes_the_maps_that_are_kept(filling: Filling) -> None:
@@ -133,7 +86,7 @@ def test_dropping_an_extent_ends_it_on_disk_and_here(filling: Filling, verified:
 
 def test_a_rotten_extent_ends_it(filling: Filling, verified: Entry) -> None:
     verified.close()
-    _flip(entryfiles.path_of(filling.blobs, DIGEST), 3 * EXTENT + 5)
+    flip(entryfiles.path_of(filling.blobs, DIGEST), 3 * EXTENT + 5)
     again = filling.open()
     assert again.verified  # nobody has looked yet
     assert again.blob.read_at(0, EXTENT) == CONTENT[:EXTENT]
@@ -150,7 +103,7 @@ def test_a_rotten_extent_ends_it(filling: Filling, verified: Entry) -> None:
 
 def test_a_rotten_entry_of_the_table_ends_it_too(filling: Filling, verified: Entry) -> None:
     verified.close()
-    _flip(filling.map(), presence.TABLE_OFFSET + 4)
+    flip(filling.map(), presence.TABLE_OFFSET + 4)
     again = filling.open()
     assert again.blob.read_at(0, len(CONTENT)) == CONTENT
     assert not again.verified

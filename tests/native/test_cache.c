@@ -366,6 +366,30 @@ static void test_a_seal_that_cannot_be_broken_keeps_the_cache_as_it_is(void)
 	close(writable);
 }
 
+/* /dev/null takes the zero, and refuses the sync. */
+static void test_a_broken_seal_has_to_be_synced(void)
+{
+	struct bench bench;
+	uint8_t *whole = malloc(2 * EXTENT);
+	int map_fd;
+
+	for (uint64_t i = 0; i < 2 * EXTENT; i++)
+		whole[i] = source_byte(i);
+	bench_open(&bench, 2 * EXTENT, 0);
+	ob_blob_close(bench.blob);
+	map_fd = bench.map_fd;
+	bench.map_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+	CHECK(ob_blob_open_cached(bench.source.engine, bench.data_fd, bench.map_fd, &bench.config, &bench.blob) == 0);
+	CHECK(ob_blob_store(bench.blob, 0, whole, EXTENT) == 1);
+	CHECK(ob_blob_drop(bench.blob, 0, EXTENT) == 1);
+	CHECK(ob_blob_store(bench.blob, 0, whole, EXTENT) == -EROFS);
+	CHECK(ob_blob_store(bench.blob, EXTENT, whole + EXTENT, EXTENT) == -EROFS);
+	check_read(bench.blob, 0, 2 * EXTENT);
+	bench_close(&bench);
+	close(map_fd);
+	free(whole);
+}
+
 static void test_rejected_content_is_fetched_once_more(void)
 {
 	struct bench bench;
@@ -501,6 +525,7 @@ int main(void)
 	test_rot_on_disk_is_found_and_fetched_again();
 	test_whatever_takes_an_extent_away_breaks_the_seal_first();
 	test_a_seal_that_cannot_be_broken_keeps_the_cache_as_it_is();
+	test_a_broken_seal_has_to_be_synced();
 	test_rejected_content_is_fetched_once_more();
 	test_eio_policy_runs_from_first_failure_then_fails_at_once();
 	test_a_stuck_source_cannot_stall_a_reader();
