@@ -41,7 +41,8 @@ def pushed(registry: Registry, tmp_path: Path, ociblk: str, disk: Path) -> Itera
 
 
 def _documents(root: Root) -> list[Path]:
-    return sorted((root.catalog / "sha256").glob("*"))
+    """Those that are wholly there."""
+    return sorted((root.catalog / "sha256").glob("[0-9a-f]*"))
 
 
 def _whole(run: Run, reference: str, disk: Path, tmp_path: Path) -> str:
