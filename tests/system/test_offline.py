@@ -186,7 +186,7 @@ def test_a_read_only_root_is_one_clear_error(run: Run, root: Root, pushed: tuple
     root.path.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,mode=0700", "tmpfs", root.path], check=True)
     try:
-        for words in (["inspect", pushed[0]], ["cache", "stat"], ["cache", "prune"]):
+        for words in (["inspect", pushed[0]], ["cache", "stat"], ["cache", "prune"], ["fsck", "--repair"]):
             refused = run(*words)
             assert (refused.returncode, refused.stderr.count("\n")) == (4, 1), refused.stderr
             assert str(root.path) in refused.stderr
