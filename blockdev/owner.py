@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockdev.build.verify import Progress, Verified
 from blockdev.cache import Cache, Pruned
-from blockdev.catalog import Catalog
+from blockdev.catalog import Catalog, Place
 from blockdev.config import Policy
 from blockdev.device import Device, NbdTransport
 from blockdev.engine import Engine, Event, EventKind
@@ -146,6 +146,13 @@ class Owner:
         for blob in damaged:
             bad += fsck.repair(blob, [one for one in report.bad if one.digest == blob.digest], refetch)
         return replace(report, bad=tuple(bad))
+
+    def adopt(self, fd: int, digest: str, place: Mapping[str, Any] | None) -> str:
+        """Keep what fd reads as a blob ("": of any digest); its digest. place: where it can be had again."""
+        adopted = self.cache.adopt(fd, digest)
+        if place:
+            self._catalog.note_place(Place(**place), [adopted])
+        return adopted
 
     def prune(self) -> Pruned:
         """Remove the blobs that are not in use, and what is known of images that have none any more."""

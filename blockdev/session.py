@@ -205,7 +205,8 @@ class Session:
 
     def _adopt(self, message: Message) -> Body:
         """Keep what the descriptor reads as the blob that it is said to be ("": any), if it is."""
-        return {"digest": self._owner.cache.adopt(message.descriptors[0], message.body["digest"])}
+        body = message.body
+        return {"digest": self._owner.adopt(message.descriptors[0], body["digest"], body.get("place"))}
 
     def _fsck(self, message: Message) -> Body:
         """Check the cache; repair it if the caller says how to reach registries."""

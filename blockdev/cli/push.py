@@ -39,10 +39,11 @@ def run(args: argparse.Namespace) -> None:
     provider = Provider.of_environment(os.environ)
     show = text.progress("pushed")
     # The owner first: what cannot be kept shall fail before anything is sent.
+    place = {"registry": reference.registry, "repository": reference.repository, "plain_http": args.plain_http}
     with client.connect(Root(args.root)) as owner:
 
         def adopt(fd: int, digest: str) -> None:
-            owner.call("adopt", {"digest": digest}, [fd])
+            owner.call("adopt", {"digest": digest, "place": place}, [fd])
 
         registry = Client(reference.registry, provider, ca=certificates(args.ca) or None, plain_http=args.plain_http)
         pushed = push(

@@ -81,6 +81,7 @@ class _Template:
 
     registry: Registry
     root: Path
+    layer: Path
     reference: str
     digest: str
 
@@ -102,7 +103,7 @@ def templates(tmp_path_factory: pytest.TempPathFactory, disk: Path, ociblk: str)
         subprocess.run([ociblk, "inspect", reference, "--root", root], check=True, stdout=subprocess.DEVNULL)
         subprocess.run([ociblk, "daemon", "--stop", "--root", root], check=True)
         digest = json.loads(pushed.stdout)["layers"][0]["digest"]
-        templates[codec] = _Template(registry, root, reference, digest)
+        templates[codec] = _Template(registry, root, layer, reference, digest)
     yield templates
     registry.stop()
 
@@ -302,3 +303,13 @@ def test_a_blob_of_unknown_origin_is_dropped_and_that_is_said(filled: Filled, ro
     assert (code, errors.count("\n")) == (3, 1)
     assert "not known" in errors
     assert report["bad"][0]["state"] == "dropped"
+
+
+def test_what_was_pushed_can_be_repaired(templates: dict[str, _Template], run: Run, root: Root) -> None:
+    template = templates["lz4"]
+    assert run("push", template.layer, f"{template.registry.host}/again:1").returncode == 0
+    assert run("daemon", "--stop").returncode == 0
+    flip(root.blobs / "sha256" / template.digest.partition(":")[2], 70000)
+    assert run("fsck").returncode == 5
+    assert run("fsck", "--repair").returncode == 0
+    assert run("fsck").returncode == 0
