@@ -23,10 +23,9 @@ from blockdev import entryfiles, staging
 from blockdev.config import Policy
 from blockdev.engine import Blob, Engine
 from blockdev.entryfiles import EntryFiles, Found
-from blockdev.errors import CorruptImage, DeviceError, EngineError, UsageError, from_os
+from blockdev.errors import CorruptImage, DeviceError, EngineError, from_os
 from blockdev.scan import is_bad
 from formats import presence
-from formats.errors import FormatError
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +157,7 @@ class Cache:
         return self._use(digest, size, Policy("eio"))
 
     def _use(self, digest: str, size: int, first_policy: Policy) -> Entry:
-        wanted = _wanted(digest, size)
+        wanted = entryfiles.wanted(digest, size)
         with self._lock:
             shared = self._open.get(digest)
             if shared:
@@ -194,7 +193,7 @@ class Cache:
         """
         try:
             size = os.fstat(fd).st_size
-            wanted = _wanted(digest or staging.digest_of(fd, "sha256"), size)
+            wanted = entryfiles.wanted(digest or staging.digest_of(fd, "sha256"), size)
         except OSError as error:
             raise from_os("adopt blob", error, digest) from error
         digest = wanted.blob_digest
@@ -349,17 +348,6 @@ class Cache:
         dropped = _drop_all(shared.blob)
         log.error("blob dropped digest=%s extents=%d: its content has digest %s", digest, dropped, found)
         return f"verify blob: {digest}: offset 0: the content's digest is {found}"
-
-
-def _wanted(digest: str, size: int) -> presence.Head:
-    head = presence.Head(digest, size, verified=False)
-    try:
-        head.build()
-    except FormatError as error:
-        raise UsageError(f"open cache entry: {digest}: {error}") from error
-    if digest.partition(":")[0] not in entryfiles.ALGORITHMS:
-        raise UsageError(f"open cache entry: {digest}: only {' and '.join(entryfiles.ALGORITHMS)} are known")
-    return head
 
 
 def _seal(shared: _Open, before: int) -> bool:

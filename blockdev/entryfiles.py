@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from blockdev.errors import CorruptImage, DeviceError, from_os
+from blockdev.errors import CorruptImage, DeviceError, UsageError, from_os
 from formats import presence
 from formats.errors import FormatError
 
@@ -107,6 +107,18 @@ class EntryFiles:
         """Once."""
         os.close(self.data_fd)
         os.close(self.map_fd)
+
+
+def wanted(digest: str, size: int) -> presence.Head:
+    """The head of a blob's entry. UsageError if that is no digest, or no size."""
+    head = presence.Head(digest, size, verified=False)
+    try:
+        head.build()
+    except FormatError as error:
+        raise UsageError(f"open cache entry: {digest}: {error}") from error
+    if digest.partition(":")[0] not in ALGORITHMS:
+        raise UsageError(f"open cache entry: {digest}: only {' and '.join(ALGORITHMS)} are known")
+    return head
 
 
 def path_of(blobs: Path, digest: str) -> Path:

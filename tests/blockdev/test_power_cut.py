@@ -174,6 +174,7 @@ def _trusting(machine: Machine, left: tuple[bytes, bytes]) -> tuple[bytes, bytes
     return data, bytes(table)
 
 
+@pytest.mark.timeout(1800)  # seconds: the full count, on a busy machine
 def test_every_byte_is_right_after_a_cut(
     machine: Machine, tmp_path: Path, record_measured: Callable[[str, dict[str, object]], None],
     request: pytest.FixtureRequest,
@@ -194,6 +195,7 @@ def test_every_byte_is_right_after_a_cut(
     record_measured(f"power-cut-{request.node.callspec.id}", figures)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("machine", ["raw", "no-crc"], indirect=True)  # whose blocks have no checksums of their own
 def test_the_same_cuts_show_who_trusts_the_map(machine: Machine, tmp_path: Path) -> None:
     wrong = 0

@@ -133,6 +133,7 @@ def _read_by_the_next(root: Root, config: Path, out: Path) -> int:
     return int(blob["size"] - found["bytes"])
 
 
+@pytest.mark.timeout(1800)  # seconds: the full count, on a busy machine
 def test_every_byte_is_right_after_a_kill(
     root: Root,
     tmp_path: Path,
