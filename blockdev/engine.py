@@ -424,7 +424,7 @@ class Image(_Handle):
 class Engine(_Handle):
     """Threads, the miss queue and events: what blobs and images live in."""
 
-    def __init__(self, *, work_threads: int = 2, readahead_extents: int = 64, fetch_bytes: int = 64 << 20) -> None:
+    def __init__(self, *, work_threads: int = 2, readahead_extents: int = 512, fetch_bytes: int = 64 << 20) -> None:
         fields = {"work_threads": work_threads, "readahead_extents": readahead_extents, "fetch_bytes": fetch_bytes}
         out = ffi.new("ob_engine **")
         _check(lib.ob_engine_open(ffi.new("ob_engine_config *", fields), out))

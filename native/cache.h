@@ -38,8 +38,10 @@ enum {
 
 /* A sequential reader, as seen from its misses. */
 struct stream {
+	uint64_t at;             /* the extent it came to last */
 	uint64_t next;           /* first extent not asked for yet */
-	uint64_t window;         /* extents asked for last time */
+	uint64_t window;         /* extents asked for last time ... */
+	int64_t asked_ns;        /* ... and when */
 	uint64_t used;           /* age, for replacement */
 };
 

@@ -1,20 +1,26 @@
 /* SPDX-License-Identifier: Apache-2.0
- * readahead.c: sequential readers get windows that double.
+ * readahead.c: sequential readers get windows that grow.
  *
  * A window is asked for when its reader comes to the start of the one before, so that
- * the next is on its way while the last is read. A blob remembers a few streams.
+ * the next is on its way while the last is read. It doubles while windows are read in less
+ * than WINDOW_NS: a long fat link gets all it can carry, a slow one no more than it delivers
+ * soon. A blob remembers a few streams.
  */
 #include "readahead.h"
 
 #include "cache.h"
 #include "engine.h"
+#include "round.h"
 
 enum {
 	WINDOW_FIRST = 4,    /* extents of the first window */
-	STREAM_SLACK = 2     /* a reader may skip this many extents and go on */
+	STREAM_SLACK = 2,    /* a reader may skip this many extents and go on */
+	STREAM_BACK = 16     /* requests of one reader may overtake each other by as many */
 };
 
-/* The stream a reader at [first, last] belongs to, or the one to use for a new reader. */
+static const int64_t WINDOW_NS = 1000000000;
+
+/* The stream a reader at `first` belongs to, or the one to use for a new reader. */
 static struct stream *stream_find(struct ob_blob *blob, uint64_t first)
 {
 	struct stream *oldest = &blob->streams[0];
@@ -22,7 +28,7 @@ static struct stream *stream_find(struct ob_blob *blob, uint64_t first)
 	for (int i = 0; i < STREAMS; i++) {
 		struct stream *stream = &blob->streams[i];
 
-		if (stream->used && first + stream->window + STREAM_SLACK >= stream->next && first <= stream->next + STREAM_SLACK)
+		if (stream->used && first + STREAM_BACK >= stream->at && first <= stream->next + STREAM_SLACK)
 			return stream;
 		if (stream->used < oldest->used)
 			oldest = stream;
@@ -43,30 +49,42 @@ static int stream_marked(struct ob_blob *blob, uint64_t first, uint64_t last)
 	return (seen & EXTENT_MARK) != 0;
 }
 
+static uint64_t stream_window(const struct stream *stream, uint64_t most)
+{
+	int64_t took = engine_now() - stream->asked_ns;
+	uint64_t window = stream->window;
+
+	if (!window)
+		window = WINDOW_FIRST;
+	else if (took < WINDOW_NS)
+		window *= 2;
+	else if (took > 2 * WINDOW_NS && window > WINDOW_FIRST)
+		window /= 2;
+	return min_u64(window, most);
+}
+
 void readahead_reached(struct ob_blob *blob, uint64_t first, uint64_t last)
 {
 	struct stream *stream = stream_find(blob, first);
-	uint64_t start, window, most = blob->engine->config.readahead_extents;
-	int marked = stream_marked(blob, first, last);
+	int marked = stream_marked(blob, first, last), is_new = !stream->used;
+	uint64_t start, window;
 
-	if (!stream->used) {
-		*stream = (struct stream){ .next = last + 1, .used = ++blob->stream_clock };
-		return;
-	}
 	stream->used = ++blob->stream_clock;
-	if (last < stream->next && !marked)
-		return; /* inside what was asked for, and not at its mark: the same extent missed twice is no stream */
-	window = stream->window ? stream->window * 2 : WINDOW_FIRST;
-	window = window < most ? window : most;
-	start = last + 1 > stream->next ? last + 1 : stream->next;
+	stream->at = max_u64(stream->at, last);
+	if (is_new)
+		stream->next = last + 1;
+	/* Inside what was asked for, and not at its mark: the same extent missed twice is no stream. */
+	if (is_new || (last < stream->next && !marked))
+		return;
+	start = max_u64(last + 1, stream->next);
+	window = stream_window(stream, blob->engine->config.readahead_extents);
 	if (start >= blob->extents || !window)
 		return;
-	if (window > blob->extents - start)
-		window = blob->extents - start;
-	fetch_missing(blob, start, start + window - 1, OB_PREFETCH);
-	atomic_fetch_or(&blob->state[start], EXTENT_MARK);
-	stream->next = start + window;
 	stream->window = window;
+	stream->next = min_u64(start + window, blob->extents);
+	stream->asked_ns = engine_now();
+	fetch_missing(blob, start, stream->next - 1, OB_PREFETCH);
+	atomic_fetch_or(&blob->state[start], EXTENT_MARK);
 }
 
 void readahead_mark(struct ob_blob *blob, uint64_t extent)

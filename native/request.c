@@ -9,27 +9,39 @@
 #include "engine.h"
 #include "image.h"
 
+/* So much is decoded in less time than a work thread takes to wake up. */
+static const uint64_t AT_ONCE_MAX = 16 << 10;
+
+/* This thread is in request_run(), which must not be entered once more from within. */
+static _Thread_local int running;
+
 static void request_ready(struct parked *parked, int status)
 {
 	struct ob_request *request = (struct ob_request *)((char *)parked - offsetof(struct ob_request, parked));
 
 	request->status = status;
-	engine_work(request->image->engine, request);
+	if (running || request->length > AT_ONCE_MAX)
+		engine_work(request->image->engine, request);
+	else
+		request_resume(request);
 }
 
 /* The request may be gone when this returns. */
 static void request_run(struct ob_request *request)
 {
 	struct parked *parked = &request->parked;
-	int status = image_read(request->image, request->offset, request->buffer, request->length, &request->done);
+	int status;
 
+	running++;
+	status = image_read(request->image, request->offset, request->buffer, request->length, &request->done);
 	if (status != -EAGAIN) {
 		request->complete(request, status);
-		return;
+	} else {
+		parked_begin(parked, request->image->engine);
+		image_want(request->image, request->offset + request->done, request->length - request->done, parked);
+		parked_end(parked);
 	}
-	parked_begin(parked, request->image->engine);
-	image_want(request->image, request->offset + request->done, request->length - request->done, parked);
-	parked_end(parked);
+	running--;
 }
 
 void request_submit(struct ob_request *request)

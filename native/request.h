@@ -2,7 +2,8 @@
  * request.h: one read of an image on behalf of a transport: try, park, complete.
  *
  * A transport fills the public part and submits. complete() is called exactly once:
- * on the submitting thread if everything was at hand, else later on a work thread.
+ * on the submitting thread if everything was at hand, else later on a work thread, or the
+ * fetch thread that brought a short read's bytes.
  * It runs with no lock held and may free the request, submit another, or write to a
  * socket; it must not wait for another request.
  */

@@ -16,7 +16,7 @@ import pytest
 
 from blockdev.cache import Cache, Entry
 from blockdev.config import Policy
-from blockdev.engine import Engine
+from blockdev.engine import Engine, Priority
 from blockdev.errors import SourceError
 from blockdev.fetch.pool import REFUSED_DELAY, Pool
 from blockdev.registry.backoff import Backoff
@@ -100,6 +100,23 @@ def test_no_byte_of_a_blob_is_asked_for_twice(bench: Bench, registry: Registry) 
 
     in_threads(6, reader)
     assert entry.blob.read_at(0, len(CONTENT)) == CONTENT
+    assert sum(registry.ranges(DIGEST)) == len(CONTENT)
+    assert registry.whole_gets(DIGEST) == 0
+
+
+def test_a_pull_and_two_readers_ask_for_each_byte_once(bench: Bench, registry: Registry) -> None:
+    client = Client(registry.host, Provider())
+    client.upload(REPOSITORY, DIGEST, len(CONTENT), io.BytesIO(CONTENT))
+    client.close()
+    entry = bench.open(registry.host, Policy("eio", WAIT))
+    entry.blob.prefetch(0, len(CONTENT), Priority.BULK)
+
+    def reader(number: int) -> None:
+        for offset in range(0, len(CONTENT), piece := 50_000 + number * 7_000):
+            length = min(piece, len(CONTENT) - offset)
+            assert entry.blob.read_at(offset, length) == CONTENT[offset : offset + length]
+
+    in_threads(2, reader)
     assert sum(registry.ranges(DIGEST)) == len(CONTENT)
     assert registry.whole_gets(DIGEST) == 0
 

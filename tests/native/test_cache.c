@@ -17,6 +17,7 @@
 #include "check.h"
 #include "crc32c.h"
 #include "engine.h"
+#include "random.h"
 
 enum { EXTENT = OB_EXTENT_SIZE, SEAL = 508, TABLE = 4096, SOURCES = 3 };
 
@@ -173,6 +174,7 @@ static void test_fills_and_stays(void)
 struct reader {
 	struct bench *bench;
 	uint32_t seed;
+	_Atomic uint8_t *touched;     /* by random readers: extents */
 };
 
 static void *reader_run(void *argument)
@@ -199,13 +201,84 @@ static void test_single_flight(void)
 	bench_open(&bench, 300 * EXTENT + 1, 16);
 	atomic_store(&bench.source.piecewise, 1);
 	for (int i = 0; i < READERS; i++) {
-		readers[i] = (struct reader){ &bench, (uint32_t)i * 77777 + 1 };
+		readers[i] = (struct reader){ &bench, (uint32_t)i * 77777 + 1, NULL };
 		pthread_create(&threads[i], NULL, reader_run, &readers[i]);
 	}
 	for (int i = 0; i < READERS; i++)
 		pthread_join(threads[i], NULL);
 	for (int i = 0; i <= 300; i++)
 		CHECK(bench.source.asked[i] <= 1);
+	bench_close(&bench);
+}
+
+static void *random_run(void *argument)
+{
+	struct reader *reader = argument;
+	uint64_t state = reader->seed, extents = reader->bench->source.size / EXTENT;
+
+	for (int i = 0; i < 40; i++) {
+		uint64_t extent = random_below(&state, extents);
+
+		atomic_store(&reader->touched[extent], 1);
+		check_read(reader->bench->blob, extent * EXTENT + random_below(&state, EXTENT - 4096), 4096);
+	}
+	return NULL;
+}
+
+static void test_many_random_readers_ask_for_each_extent_once_and_for_no_other(void)
+{
+	enum { READERS = 64, EXTENTS = 400 };
+	static _Atomic uint8_t touched[EXTENTS];
+	struct bench bench;
+	struct reader readers[READERS];
+	pthread_t threads[READERS];
+	int distinct = 0;
+
+	bench_open(&bench, EXTENTS * (uint64_t)EXTENT, 0);
+	for (int i = 0; i < READERS; i++) {
+		readers[i] = (struct reader){ &bench, (uint32_t)i, touched };
+		pthread_create(&threads[i], NULL, random_run, &readers[i]);
+	}
+	for (int i = 0; i < READERS; i++)
+		pthread_join(threads[i], NULL);
+	for (int i = 0; i < EXTENTS; i++) {
+		CHECK(bench.source.asked[i] == touched[i]);
+		distinct += touched[i];
+	}
+	CHECK(bench.source.fetches <= distinct);
+	bench_close(&bench);
+}
+
+static void *sequence_run(void *argument)
+{
+	struct reader *reader = argument;
+	uint64_t piece = 40000 + reader->seed * 9000;
+
+	for (uint64_t offset = 0; offset + piece <= reader->bench->source.size; offset += piece)
+		check_read(reader->bench->blob, offset, piece);
+	return NULL;
+}
+
+static void test_a_pull_and_two_readers_ask_for_each_extent_once(void)
+{
+	enum { READERS = 2, EXTENTS = 150 };
+	struct bench bench;
+	struct reader readers[READERS];
+	pthread_t threads[READERS];
+	uint64_t size = EXTENTS * (uint64_t)EXTENT - 5;
+
+	bench_open(&bench, size, 512);
+	atomic_store(&bench.source.piecewise, 1);
+	for (int i = 0; i < READERS; i++) {
+		readers[i] = (struct reader){ &bench, (uint32_t)i, NULL };
+		pthread_create(&threads[i], NULL, sequence_run, &readers[i]);
+	}
+	CHECK(ob_blob_prefetch(bench.blob, 0, size, OB_BULK) == 0);
+	for (int i = 0; i < READERS; i++)
+		pthread_join(threads[i], NULL);
+	CHECK(next_event(bench.source.engine, OB_EVENT_BLOB_COMPLETE).id == 7);
+	for (int i = 0; i < EXTENTS; i++)
+		CHECK(bench.source.asked[i] == 1);
 	bench_close(&bench);
 }
 
@@ -519,6 +592,8 @@ int main(void)
 {
 	test_fills_and_stays();
 	test_single_flight();
+	test_many_random_readers_ask_for_each_extent_once_and_for_no_other();
+	test_a_pull_and_two_readers_ask_for_each_extent_once();
 	test_sequential_reader_gets_large_fetches();
 	test_random_reader_gets_no_more_than_it_asked();
 	test_an_extent_missed_by_two_readers_is_no_stream();
