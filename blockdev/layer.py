@@ -114,7 +114,8 @@ def ask_ahead(blob: Blob) -> None:
 def _ends(blob: Blob) -> list[tuple[int, int]]:
     tail = min(max(EXTENT_SIZE, blob.size // _TAIL_SHARE), _TAIL_MAX, blob.size)
     start = (blob.size - tail) // EXTENT_SIZE * EXTENT_SIZE
-    return [(0, min(EXTENT_SIZE, blob.size)), (start, blob.size - start)]
+    head = [(0, min(EXTENT_SIZE, blob.size))] if start else []
+    return [*head, (start, blob.size - start)]
 
 
 def open_layer(source: NamedBlob) -> Layer:
@@ -135,8 +136,11 @@ def open_layer(source: NamedBlob) -> Layer:
 def _drop_ends(blob: Blob) -> None:
     """What has only just come may be on its way to the disk still, and goes when it is there."""
     deadline = time.monotonic() + _DROP_SECONDS
-    while not sum(blob.drop(*end) for end in _ends(blob)) and time.monotonic() < deadline:
-        time.sleep(_DROP_POLL)
+    for offset, length in _ends(blob):
+        left = -(-length // EXTENT_SIZE) - blob.drop(offset, length)
+        while left and time.monotonic() < deadline:
+            time.sleep(_DROP_POLL)
+            left -= blob.drop(offset, length)
 
 
 def _open_layer(source: NamedBlob) -> Layer:

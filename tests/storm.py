@@ -156,8 +156,10 @@ class Storm:
             assert mounted.returncode in OPEN_FAILURES, self.outputs[-1]
             self.opens_failed += 1
         self.proxy.plan = CALM
-        assert until(lambda: not self.ask("ps")["devices"])
-        assert until(lambda: not any(blob["in_use"] for blob in self.ask("cache stat")["blobs"]))
+        assert until(lambda: not self.ask("ps")["devices"], READ_WAIT), self._state()
+        assert until(lambda: not any(blob["in_use"] for blob in self.ask("cache stat")["blobs"]), READ_WAIT), (
+            self._state()
+        )
         self.readings.add(readings)
         self.account.add(self._take_account())
         return readings
@@ -207,6 +209,11 @@ class Storm:
             pulled.returncode == 0 and "verified" not in pulled.stdout
         ):
             self.readings.wrong.append(self.outputs[-1])
+
+    def _state(self) -> str:
+        """For whoever has to find out why something does not end."""
+        log = self._log_path.read_text().splitlines()[-40:]
+        return "\n".join([json.dumps(self.ask("ps")), json.dumps(self.ask("cache stat")), *self.outputs[-6:], *log])
 
     def ask(self, op: str) -> dict[str, Any]:
         """The owner's answer, without a process for it."""

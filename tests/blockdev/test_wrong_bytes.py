@@ -20,6 +20,7 @@ from blockdev.registry.client import Client
 from blockdev.source.blob import RegistryBlob
 from blockdev.supply import Supply
 from formats import oci, zfile
+from formats.lsmt import SECTOR
 from tests import stacks
 from tests.fakes.http_server import Answer, HttpServer, Seen, ranged
 from tests.small_image import NOBODY
@@ -29,6 +30,7 @@ OPS = (stacks.Op(0, 4000, 1), stacks.Op(5000, 64, 2), stacks.Op(100, 50, None))
 STACK = stacks.Stack((stacks.Plan(8192, OPS, zfile=zfile.Options(), tar=True),))
 CHECKED = STACK.lowers[0].build()
 DISK = STACK.model().read_at(0, STACK.size)
+PART = 2560 * SECTOR  # of the disk; what holds the rest is never asked for, so the digest is never known
 UNCHECKED = random.Random(3).randbytes(300_000)
 
 
@@ -100,7 +102,7 @@ def test_a_block_with_a_checksum_is_fetched_once_more(checked: Bench) -> None:
     checked.liar.place, checked.liar.lies = len(CHECKED) // 2, 1
     with ExitStack() as undo:
         image = undo.enter_context(open_image(checked.engine, [checked.open(undo)]))
-        assert image.read_at(0, image.size) == DISK
+        assert image.read_at(0, PART) == DISK[:PART]
     assert checked.liar.asked == 2
 
 
@@ -110,12 +112,12 @@ def test_a_block_that_stays_wrong_is_an_error_and_right_again_when_it_comes_righ
         image = undo.enter_context(open_image(checked.engine, [checked.open(undo)]))
         for _ in range(2):
             with pytest.raises(CorruptImage):
-                image.read_at(0, image.size)
+                image.read_at(0, PART)
         assert checked.liar.asked == 2, "it is not asked for at each read"
         assert image.read_at(0, 4096) == DISK[:4096]
     with ExitStack() as undo:
         image = undo.enter_context(open_image(checked.engine, [checked.open(undo)]))
-        assert image.read_at(0, image.size) == DISK
+        assert image.read_at(0, PART) == DISK[:PART]
     assert checked.liar.asked == 3
 
 
