@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blockdev.control import member
 from blockdev.errors import BlockdevError, from_os
 from blockdev.replacement import UNFINISHED, replacing
 from formats import oci
@@ -56,6 +57,11 @@ class Place:
     registry: str
     repository: str
     plain_http: bool
+
+    @classmethod
+    def from_wire(cls, body: Mapping[str, Any]) -> Place:
+        """What a caller says of a blob it has just pushed."""
+        return cls(member(body, "registry", str), member(body, "repository", str), member(body, "plain_http", bool))
 
 
 class Catalog:

@@ -20,13 +20,14 @@ import socket
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from blockdev import errors
-from blockdev.errors import AccessDenied, BlockdevError, DeviceError, EngineError
+from blockdev.errors import AccessDenied, BlockdevError, DeviceError, EngineError, UsageError
 
 VERSION = 1
-LINE_MAX = 8 << 20  # an image of 255 layers takes 100 KiB; a peer must not fill our memory
+LINE_MAX = 8 << 20  # a full cache's listing takes 1 MiB
+REQUEST_MAX = 1 << 20  # an image of 255 layers takes 100 KiB; as JSON values it is thirty times that
 DESCRIPTORS_MAX = 1024  # of one object: 255 layers, an upper pair, and room
 _BATCH = 250  # Linux refuses more than 253 (SCM_MAX_FD) on one message
 _PIECE = 64 << 10  # bytes asked from the kernel at a time
@@ -39,6 +40,7 @@ _ERROR_CLASSES = {
 }
 
 Body = dict[str, Any]
+_T = TypeVar("_T")
 
 
 class Message:
@@ -47,6 +49,16 @@ class Message:
     def __init__(self, body: Body, descriptors: list[int]) -> None:
         self.body = body
         self.descriptors = descriptors
+
+    def member(self, name: str, kind: type[_T]) -> _T:
+        """member() of the object."""
+        return member(self.body, name, kind)
+
+    def descriptor(self, place: int) -> int:
+        """One of the descriptors, still the message's. UsageError if so many did not come."""
+        if not -len(self.descriptors) <= place < len(self.descriptors):
+            raise UsageError("asking the owner failed: descriptors: one is missing")
+        return self.descriptors[place]
 
     def take(self) -> list[int]:
         """The descriptors; closing them is now the caller's duty."""
@@ -62,9 +74,11 @@ class Message:
 class Channel:
     """One connected control socket. Owns it."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, line_max: int = LINE_MAX) -> None:
         self._socket = sock
+        self._line_max = line_max
         self._received = bytearray()
+        self._searched = 0  # bytes of it that hold no end of line
         self._descriptors: list[int] = []
 
     def send(self, body: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
@@ -87,15 +101,17 @@ class Channel:
         """The next object, or None when the peer has gone. TimeoutError after `timeout` seconds of silence."""
         self._socket.settimeout(timeout)
         try:
-            while (end := self._received.find(b"\n")) < 0:
-                if len(self._received) > LINE_MAX:
-                    raise DeviceError(f"reading a control message failed: {LINE_MAX} bytes: no end of line")
+            while (end := self._received.find(b"\n", self._searched)) < 0:
+                self._searched = len(self._received)
+                if self._searched > self._line_max:
+                    raise DeviceError(f"reading a control message failed: {self._line_max} bytes: no end of line")
                 if not self._receive_piece():
                     return None
         finally:
             self._socket.settimeout(None)
         line = bytes(self._received[:end])
         del self._received[: end + 1]
+        self._searched = 0
         return self._message(line)
 
     def _receive_piece(self) -> bool:
@@ -124,12 +140,13 @@ class Channel:
             raise DeviceError(f"reading a control message failed: {line[:40]!r}: not an object")
         if body.get("v") != VERSION:
             raise DeviceError(
-                f"reading a control message failed: version {body.get('v')!r}: this program speaks {VERSION}"
+                f"reading a control message failed: version {body.get('v')!r:.40}: this program speaks {VERSION}"
                 " (after an upgrade, end the old owner with ociblk daemon --stop)"
             )
         count = body.pop("fds", 0)
-        if not isinstance(count, int) or not 0 <= count <= len(self._descriptors):
-            raise DeviceError(f"reading a control message failed: {count!r} descriptors: {len(self._descriptors)} came")
+        came = len(self._descriptors)
+        if type(count) is not int or not 0 <= count <= came:
+            raise DeviceError(f"reading a control message failed: {count!r:.40} descriptors: {came} came")
         descriptors, self._descriptors = self._descriptors[:count], self._descriptors[count:]
         return Message(body, descriptors)
 
@@ -147,6 +164,14 @@ class Channel:
         self._socket.close()
         while self._descriptors:
             os.close(self._descriptors.pop())
+
+
+def member(body: object, name: str, kind: type[_T]) -> _T:
+    """What a peer's object has under a name. UsageError: nothing, or not of that kind, or it is no object."""
+    value = body.get(name) if isinstance(body, dict) else None
+    if type(value) is not kind:
+        raise UsageError(f"asking the owner failed: {name}: {kind.__name__} wanted, {type(value).__name__} given")
+    return value
 
 
 def error_body(error: BlockdevError) -> Body:

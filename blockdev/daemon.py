@@ -117,7 +117,7 @@ class Daemon:
             log.warning("caller refused reason=%s", error)
             sock.close()
             return
-        session = Session(control.Channel(sock), owner, self.stop, self._session_ended)
+        session = Session(control.Channel(sock, control.REQUEST_MAX), owner, self.stop, self._session_ended)
         with self._sessions_lock:
             self._sessions.add(session)
         session.start()

@@ -34,7 +34,10 @@ def write_log(path: Path | None, *, debug: bool) -> None:
     handler: logging.Handler = logging.StreamHandler()
     if path:
         path.touch(mode=0o600)
-        handler = RotatingFileHandler(path, maxBytes=_FILE_MAX, backupCount=_KEPT, encoding="utf-8")
+        # Half a surrogate pair, which JSON can carry, has no UTF-8.
+        handler = RotatingFileHandler(
+            path, maxBytes=_FILE_MAX, backupCount=_KEPT, encoding="utf-8", errors="backslashreplace"
+        )
     handler.setFormatter(_Logfmt())
     logger = logging.getLogger("blockdev")
     logger.addHandler(handler)

@@ -15,16 +15,18 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from blockdev.control import member
 from blockdev.errors import AccessDenied, BlockdevError, CorruptImage, EngineError, NotFound, UsageError
 from formats import imagespec, layout, oci
 from formats.errors import FormatError
 
 LAYOUT_PREFIX = "oci:"
+_SIZE_LIMIT = 1 << 63  # file offsets are signed
 _PATH_STARTS = ("/", "./", "../")
 
 
@@ -64,12 +66,14 @@ class Origin:
     @classmethod
     def from_wire(cls, body: dict[str, Any], descriptors: Sequence[int]) -> Origin:
         """The Origin that to_wire() described. The descriptors stay the caller's."""
-        rest = iter(descriptors)
-        parts = [
-            Part(p["name"], p["size"], p["digest"], p["url"], next(rest) if p["local"] else -1) for p in body["parts"]
-        ]
-        split = len(parts) - 2 if body["upper"] else len(parts)
-        return cls(body["name"], body["reference"], parts[:split], parts[split:])
+        parts = member(body, "parts", list)
+        local = iter(descriptors)
+        found = [_part(part, local) for part in parts]
+        above = 2 if member(body, "upper", bool) else 0
+        if len(found) < above:
+            raise UsageError("asking the owner failed: parts: an upper layer has two")
+        split = len(found) - above
+        return cls(member(body, "name", str), member(body, "reference", str), found[:split], found[split:])
 
     def close(self) -> None:
         """Close what locate() opened."""
@@ -81,6 +85,15 @@ class Origin:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _part(body: object, local: Iterator[int]) -> Part:
+    """One part as to_wire() describes it, with the next descriptor if it is a file of the caller's."""
+    fd = next(local, -1) if member(body, "local", bool) else -1
+    size = member(body, "size", int)
+    if (member(body, "local", bool) and fd < 0) or not 0 <= size < _SIZE_LIMIT:
+        raise UsageError("asking the owner failed: parts: a descriptor is missing, or a size is none")
+    return Part(member(body, "name", str), size, member(body, "digest", str), member(body, "url", str), fd)
 
 
 def locate(image: str) -> Origin:

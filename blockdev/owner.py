@@ -149,9 +149,10 @@ class Owner:
 
     def adopt(self, fd: int, digest: str, place: Mapping[str, Any] | None) -> str:
         """Keep what fd reads as a blob ("": of any digest); its digest. place: where it can be had again."""
+        known = Place.from_wire(place) if place else None
         adopted = self.cache.adopt(fd, digest)
-        if place:
-            self._catalog.note_place(Place(**place), [adopted])
+        if known:
+            self._catalog.note_place(known, [adopted])
         return adopted
 
     def prune(self) -> Pruned:

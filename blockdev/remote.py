@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from blockdev.cache import Cache
 from blockdev.catalog import Catalog, Place
 from blockdev.config import Policy
+from blockdev.control import member
 from blockdev.engine import Blob
 from blockdev.errors import BlockdevError, CorruptImage, NotFound, SourceError, UsageError
 from blockdev.layer import NamedBlob
@@ -51,7 +52,8 @@ class Access:
     @classmethod
     def from_wire(cls, body: Mapping[str, Any]) -> Access:
         """Of what a client sends (cli/ask.py)."""
-        return cls(body["plain_http"], body["ca"], json.dumps(body["credentials"], sort_keys=True))
+        credentials = json.dumps(member(body, "credentials", dict), sort_keys=True)
+        return cls(member(body, "plain_http", bool), member(body, "ca", str), credentials)
 
     def __repr__(self) -> str:
         return f"Access(plain_http={self.plain_http})"
@@ -115,7 +117,10 @@ class Remotes:
         self, text: str, access: Mapping[str, Any], policy: Policy, undo: ExitStack, tell: Tell
     ) -> list[NamedBlob]:
         """The blobs of the image that a reference names, bottom first."""
-        reference = Reference.parse(text)  # locate() has parsed it before
+        try:
+            reference = Reference.parse(text)  # locate() has parsed it before
+        except FormatError as error:
+            raise UsageError(f"opening an image failed: {error}") from None
         asked = Access.from_wire(access)
         client = self.client(reference.registry, asked, undo)
         image = self._resolve(client, reference, tell, policy.seconds or PATIENCE)

@@ -16,6 +16,7 @@ import contextlib
 import logging
 import os
 import socket
+import stat
 import threading
 import time
 import traceback
@@ -36,6 +37,7 @@ from blockdev.transport.fuse import FuseTransport
 
 log = logging.getLogger(__name__)
 
+_ECHO = 40  # characters of a caller's own words in an answer
 _PROGRESS_EVERY = 0.2  # seconds
 _DRAIN_LIMIT = 5.0  # seconds that the requests in hand of an ended export get
 
@@ -95,9 +97,9 @@ class Session:
             self._ended(self)
 
     def _answer(self, message: Message) -> Body:
-        op = message.body.get("op")
+        op = str(message.body.get("op"))[:_ECHO]
         try:
-            operation = self._ops.get(str(op))
+            operation = self._ops.get(op)
             if operation is None:
                 raise UsageError(f"asking the owner failed: {op!r}: no such request in this version")
             return operation(message)
@@ -119,14 +121,15 @@ class Session:
 
     def _serve(self, message: Message) -> Body:
         """Export an image on the last descriptor, a listening socket, until the caller says "end" or goes."""
-        listener = socket.socket(fileno=os.dup(message.descriptors[-1]))
+        where, export = message.member("where", str), message.member("export", str)
+        listener = _listening(message.descriptor(-1))
         try:
             device = self._owner.add_device(self._open(message))
         except BaseException:
             listener.close()
             raise
-        device.where = message.body["where"]
-        device.attach(NbdTransport(listener, message.body["export"]))
+        device.where = where
+        device.attach(NbdTransport(listener, export))
         self._device_live(device)
         try:
             self._channel.send({"id": device.id, "size": device.size})
@@ -138,6 +141,7 @@ class Session:
             raise DeviceError(f"serving failed: {device.stack.name}: the owner was stopped")
         if ending is None:
             raise ConnectionAbortedError
+        ending.close()
         return {"ended": device.id}
 
     def _mount(self, message: Message) -> Body:
@@ -146,11 +150,11 @@ class Session:
         device = self._owner.add_device(self._open(message))
         try:
             self._channel.send({"id": device.id, "size": device.size})
-            fuse_fd = self._next("fuse").take()[0]
-            device.attach(FuseTransport(fuse_fd, id=device.id))
+            with contextlib.closing(self._next("fuse")) as passed:
+                device.attach(FuseTransport(os.dup(passed.descriptor(0)), id=device.id))
             self._channel.send({"serving": device.id})
-            mounted = self._next("mounted").body
-            device.where, device.how = mounted["where"], mounted["how"]
+            with contextlib.closing(self._next("mounted")) as mounted:
+                device.where, device.how = mounted.member("where", str), mounted.member("how", str)
         except BaseException:
             device.drain(0)
             raise
@@ -164,7 +168,7 @@ class Session:
             raise ConnectionAbortedError
         if message.body.get("op") != op:
             message.close()
-            raise UsageError(f"asking the owner failed: {message.body.get('op')!r}: {op} has to come first")
+            raise UsageError(f"asking the owner failed: {message.body.get('op')!r:.40}: {op} has to come first")
         return message
 
     def _device_live(self, device: Device) -> None:
@@ -174,9 +178,8 @@ class Session:
     # ---- images ----
 
     def _open(self, message: Message) -> Stack:
-        body = message.body
-        origin = Origin.from_wire(body["image"], message.descriptors)
-        return self._owner.open(origin, body.get("access"), parse_policy(body["policy"]), self._tell)
+        origin = Origin.from_wire(message.member("image", dict), message.descriptors)
+        return self._owner.open(origin, _access(message), parse_policy(message.member("policy", str)), self._tell)
 
     def _tell(self, line: str) -> None:
         """Something the caller's user should know now; the answer follows."""
@@ -192,32 +195,39 @@ class Session:
 
     def _pull(self, message: Message) -> Body:
         """Fetch an image; a caller that has gone ends it."""
-        body = message.body
-        origin = Origin.from_wire(body["image"], message.descriptors)
+        origin = Origin.from_wire(message.member("image", dict), message.descriptors)
         tell = self._teller()
 
         def progress(present: int, checked: int, size: int) -> None:
             tell(done=present, checked=checked, total=size)
 
-        policy, whole = parse_policy(body["policy"]), progress if body["complete"] else None
-        pulled = self._owner.pull(origin, body.get("access"), policy, self._tell, whole)
+        policy, complete = parse_policy(message.member("policy", str)), message.member("complete", bool)
+        pulled = self._owner.pull(origin, _access(message), policy, self._tell, progress if complete else None)
         return {"blobs": [asdict(blob) for blob in pulled]}
 
     def _adopt(self, message: Message) -> Body:
         """Keep what the descriptor reads as the blob that it is said to be ("": any), if it is."""
-        body = message.body
-        return {"digest": self._owner.adopt(message.descriptors[0], body["digest"], body.get("place"))}
+        place = None if message.body.get("place") is None else message.member("place", dict)
+        file = message.descriptor(0)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise UsageError("asking the owner failed: descriptors: not a file")
+        return {"digest": self._owner.adopt(file, message.member("digest", str), place)}
 
     def _fsck(self, message: Message) -> Body:
         """Check the cache; repair it if the caller says how to reach registries."""
-        body = message.body
-        repair = Repair(body["access"], parse_policy(body["policy"])) if body["repair"] else None
-        return self._owner.fsck(Check(body["names"], body["digests"]), repair, self._progress()).to_json()
+        names, check = message.member("names", list), message.member("digests", bool)
+        if not all(isinstance(name, str) for name in names):
+            raise UsageError("asking the owner failed: names: each is text")
+        repair = None
+        if message.member("repair", bool):
+            repair = Repair(message.member("access", dict), parse_policy(message.member("policy", str)))
+        return self._owner.fsck(Check(names, check), repair, self._progress()).to_json()
 
     def _export(self, message: Message) -> Body:
         """Write the disk to the last descriptor."""
+        target = message.descriptor(-1)
         with self._open(message) as stack:
-            export_image(stack.image, message.descriptors[-1], self._progress())
+            export_image(stack.image, target, self._progress())
             return {"size": stack.image.size}
 
     def _progress(self) -> Callable[[int, int], None]:
@@ -254,3 +264,19 @@ class Session:
             raise DeviceError(f"stopping the owner failed: {', '.join(live)}: in use (--force ends them)")
         self._stop()
         return {"stopping": os.getpid()}
+
+
+def _access(message: Message) -> Body | None:
+    """How to reach registries; None: the caller says that everything is local."""
+    return None if message.body.get("access") is None else message.member("access", dict)
+
+
+def _listening(fd: int) -> socket.socket:
+    """A socket of our own for a caller's listening one. UsageError if it is none."""
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        raise UsageError("asking the owner failed: descriptors: not a socket")
+    listener = socket.socket(fileno=os.dup(fd))
+    if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        listener.close()
+        raise UsageError("asking the owner failed: descriptors: not a listening socket")
+    return listener

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blockdev.errors import AccessDenied
+from blockdev.control import member
+from blockdev.errors import AccessDenied, UsageError
 
 AUTH_FILE_VARIABLE = "REGISTRY_AUTH_FILE"
 DOCKER_CONFIG_VARIABLE = "DOCKER_CONFIG"
@@ -74,7 +75,10 @@ class Provider:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Provider:
         """What to_json() was."""
-        return cls(tuple(document["files"]), bool(document["required"]), dict(document["environment"]))
+        files, environment = member(document, "files", list), member(document, "environment", dict)
+        if not all(isinstance(value, str) for value in (*files, *environment.values())):
+            raise UsageError("asking the owner failed: credentials: files and environment are text")
+        return cls(tuple(files), member(document, "required", bool), environment)
 
     def to_json(self) -> dict[str, Any]:
         """For the control socket."""

@@ -14,7 +14,7 @@ import pytest
 
 from blockdev import control
 from blockdev.control import Channel
-from blockdev.errors import AccessDenied, CorruptImage, DeviceError, EngineError, NotFound
+from blockdev.errors import AccessDenied, CorruptImage, DeviceError, EngineError, NotFound, UsageError
 
 
 @pytest.fixture
@@ -206,3 +206,15 @@ def test_a_peer_of_another_uid_is_refused() -> None:
         os.seteuid(0)
     with left, right, pytest.raises(AccessDenied, match="65534"):
         control.check_peer(left)
+
+
+@pytest.mark.parametrize("body", [{}, {"a": 1}, {"a": None}, {"a": True}, [], "a", None])
+def test_a_member_that_is_missing_or_of_another_kind_is_refused(body: object) -> None:
+    with pytest.raises(UsageError, match="a: str wanted"):
+        control.member(body, "a", str)
+
+
+def test_a_true_is_no_number() -> None:
+    assert control.member({"a": 1}, "a", int) == 1
+    with pytest.raises(UsageError):
+        control.member({"a": True}, "a", int)
