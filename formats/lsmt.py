@@ -28,7 +28,8 @@ ENTRY_SIZE = 16
 SEALED_ENTRIES_MAX = 1_000_000  # every reader's limit, padding included
 LOG_ENTRIES_MAX = 128_000_000
 LENGTH_MAX = 16383  # sectors of one entry: 14 bits
-COMMIT_STEP = 64 * SECTOR  # bytes commit copies at a time; each step starts as an entry of its own
+_STEP_SECTORS = 64
+COMMIT_STEP = _STEP_SECTORS * SECTOR  # bytes commit copies at a time; each step starts as an entry of its own
 ADDRESSES = 1 << 50  # sector numbers an entry can hold
 VIRTUAL_SIZE_MAX = ADDRESSES * SECTOR
 NULL_UUID = "00000000-0000-0000-0000-000000000000"
@@ -315,17 +316,33 @@ class CommitWriter:
         self._position = HEAD_SECTORS
         self._index = bytearray()
         self._pending: Segment | None = None
-        self._write(replace(head, flags=COMMIT_HEADER, index_offset=0, index_count=0).build())
+        self._write(self._header())
 
     def data(self, offset: int, content: bytes, tag: int = 0) -> None:
         """Stored sectors. Give a long run in pieces that are multiples of COMMIT_STEP bytes: coalescing joins them."""
         if len(content) % SECTOR:
             raise FormatError(f"{len(content)} bytes are no whole sectors")
-        for start in range(0, len(content), COMMIT_STEP):
-            length = min(COMMIT_STEP, len(content) - start) // SECTOR
-            self._emit(Segment(offset + start // SECTOR, length, self._position, False, tag))
-            self._position += length
+        self.stored(offset, len(content) // SECTOR, tag)
         self._write(content)
+
+    def stored(self, offset: int, length: int, tag: int = 0) -> None:
+        """As data(), for content that the caller writes itself: all of it before or right after this."""
+        done = 0
+        while done < length:
+            step = min(_STEP_SECTORS, length - done)
+            self._emit(Segment(offset + done, step, self._position, False, tag))
+            done += step
+            if step == _STEP_SECTORS and self._pending:  # take all further steps that would be joined to it
+                room = (LENGTH_MAX - 1 - self._pending.length) // _STEP_SECTORS
+                joined = min(room, (length - done) // _STEP_SECTORS) * _STEP_SECTORS
+                self._pending = self._pending._replace(length=self._pending.length + joined)
+                done, step = done + joined, step + joined
+            self._position += step
+
+    def resize(self, virtual_size: int) -> bytes:
+        """The disk's size, if it was not known at the start; the header that takes the first one's place."""
+        self._head = replace(self._head, virtual_size=virtual_size)
+        return self._header()
 
     def zeroed(self, offset: int, length: int, tag: int = 0) -> None:
         """Sectors that read as zeros and mask lower layers."""
@@ -346,6 +363,9 @@ class CommitWriter:
         self._write(table)
         self._write(trailer.build())
         return trailer
+
+    def _header(self) -> bytes:
+        return replace(self._head, flags=COMMIT_HEADER, index_offset=0, index_count=0).build()
 
     def _emit(self, segment: Segment) -> None:
         last = self._pending

@@ -2,9 +2,9 @@
 """A raw disk as a layer: import.
 
 What is zero for 32 KiB or longer is not stored, whether the file has a hole there or
-zeros, so equal disks give equal layers. A disk that cannot seek is spooled into an
-unlinked file first, as a layer begins with its disk's size. The layer is there whole
-or not at all. Memory is bounded by a few pieces.
+zeros, so equal disks give equal layers. A stream is compressed as it comes: a layer begins
+with its disk's size, so its first block is written last. The layer is there whole or not
+at all. Memory is bounded by a few pieces for each thread.
 """
 
 from __future__ import annotations
@@ -12,32 +12,36 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryFile
 
-from blockdev.build.layerfile import LayerFile, Wrapping
+from blockdev.build.layerfile import PIECE, LayerFile, Wrapping
 from blockdev.engine import is_zero
 from blockdev.errors import EngineError, UsageError, from_os
 from blockdev.replacement import replacing
 from formats.errors import FormatError
-from formats.lsmt import COMMIT_STEP, NULL_UUID, SECTOR, VIRTUAL_SIZE_MAX, CommitWriter, Head
+from formats.lsmt import HEAD_SIZE, NULL_UUID, SECTOR, VIRTUAL_SIZE_MAX, CommitWriter, Head
 
 GRAIN = 4096  # where zeros are looked for: a file system's block
 HOLE_MIN = 32 << 10  # shorter runs of zeros are stored: an entry costs more than they do once compressed
-_PIECE = 1 << 20  # bytes read at a time; a multiple of GRAIN and COMMIT_STEP
+_ZEROS = bytes(GRAIN)
 
-Progress = Callable[[int, int], None]  # bytes of the disk done, and in all
+Progress = Callable[[int, int], None]  # bytes of the disk done, and in all (0 = not known yet)
+
+
+def all_cores() -> int:
+    """How many threads can run at once here."""
+    return len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """How to make the layer. With a parent, zeros of the disk hide what lies below."""
+    """How to make the layer. With a parent, zeros of the disk hide what lies below. jobs: threads that compress."""
 
     wrapping: Wrapping = field(default_factory=Wrapping)
     uuid: str = NULL_UUID
     parent_uuid: str = NULL_UUID
+    jobs: int = field(default_factory=all_cores)
 
 
 @dataclass(frozen=True)
@@ -59,22 +63,35 @@ def import_disk(
     """
     options = options or LayerOptions()
     head = _head(options)
-    with replacing(out) as target, _seekable(fd, name, out) as (source, size):
-        if size == 0 or size % SECTOR or size > VIRTUAL_SIZE_MAX:
-            raise UsageError(f"import disk: {name}: {size} bytes are not a whole number of {SECTOR}-byte sectors")
+    mode = os.fstat(fd).st_mode
+    size = os.lseek(fd, 0, os.SEEK_END) if stat.S_ISREG(mode) or stat.S_ISBLK(mode) else -1
+    if size >= 0:
+        _check_size(name, size)
+    with replacing(out) as target:
         try:
-            with LayerFile(target, options.wrapping) as layer:
-                writer = CommitWriter(layer.write, Head(0, size, uuid=head.uuid, parent_uuid=head.parent_uuid))
-                cutter = _Cutter(writer, mask=head.parent_uuid != NULL_UUID)
-                for done in _feed(source, name, size, cutter):
-                    (progress or _silent)(done, size)
+            with LayerFile(target, options.wrapping, options.jobs, HEAD_SIZE if size < 0 else 0) as layer:
+                writer = CommitWriter(layer.write, replace(head, virtual_size=max(0, size)))
+                cutter = _Cutter(writer, layer, mask=head.parent_uuid != NULL_UUID)
+                fed = _feed_stream(fd, layer, cutter) if size < 0 else _feed(fd, name, size, layer, cutter)
+                for done in fed:
+                    (progress or _silent)(done, max(0, size))
                 cutter.finish()
+                if size < 0:
+                    size = done
+                    _check_size(name, size)
+                    layer.rewrite(writer.resize(size))
                 trailer = writer.finish()
+                (progress or _silent)(size, size)
                 return Imported(size, cutter.stored, layer.finish(), trailer.index_count)
         except FormatError as error:
             raise UsageError(f"import disk: {name}: {error.what}") from error
         except OSError as error:
             raise from_os("import disk", error, f"{name} to {out}") from error
+
+
+def _check_size(name: str, size: int) -> None:
+    if size == 0 or size % SECTOR or size > VIRTUAL_SIZE_MAX:
+        raise UsageError(f"import disk: {name}: {size} bytes are not a whole number of {SECTOR}-byte sectors")
 
 
 def _head(options: LayerOptions) -> Head:
@@ -86,32 +103,33 @@ def _head(options: LayerOptions) -> Head:
         raise UsageError(f"import disk: {error.what}") from error
     if not (head.uuid and head.parent_uuid):
         raise UsageError("import disk: an empty text is no UUID")
+    if options.jobs < 1:
+        raise UsageError(f"import disk: {options.jobs} jobs: want 1 or more")
     options.wrapping.check()
     return head
 
 
 class _Cutter:
-    """Cuts a disk into runs of data and of zeros, and hands them to the writer in order."""
+    """Cuts a disk into runs of data and of zeros: data go to the layer as they come, runs to the writer in order."""
 
-    def __init__(self, writer: CommitWriter, *, mask: bool) -> None:
+    def __init__(self, writer: CommitWriter, layer: LayerFile, *, mask: bool) -> None:
         self._writer = writer
+        self._layer = layer
         self._mask = mask
-        self._start = 0  # of `_data` in the disk
-        self._data = bytearray()  # of the run at hand, not handed on yet
-        self._zeros = 0  # that follow the run, not decided yet
+        self._start = 0  # of the run at hand, in the disk
+        self._length = 0  # of it, written
+        self._zeros = 0  # that follow it, not decided yet
         self.stored = 0
 
-    def add(self, piece: memoryview) -> None:
-        """The next bytes of the disk."""
-        if is_zero(piece):
-            self.skip(len(piece))
-            return
-        for start in range(0, len(piece), GRAIN):
-            grain = piece[start : start + GRAIN]
-            if is_zero(grain):
-                self.skip(len(grain))
-            else:
-                self._store(grain)
+    def add(self, buffer: bytearray, length: int) -> None:
+        """The next bytes of the disk: the first `length` of the buffer."""
+        view = memoryview(buffer)
+        at = 0
+        for start, end in _zero_runs(buffer, length):
+            self._store(view[at:start])
+            self.skip(end - start)
+            at = end
+        self._store(view[at:length])
 
     def skip(self, length: int) -> None:
         """The next bytes of the disk are zeros."""
@@ -120,51 +138,84 @@ class _Cutter:
     def finish(self) -> None:
         """The disk ends here."""
         if self._zeros < HOLE_MIN:
-            self._data += bytes(self._zeros)
-            self._zeros = 0
+            self._write_zeros()
         self._end_run()
 
-    def _store(self, grain: memoryview) -> None:
+    def _store(self, content: memoryview) -> None:
+        if not content:
+            return
         if self._zeros >= HOLE_MIN:
             self._end_run()
         else:
-            self._data += bytes(self._zeros)
+            self._write_zeros()
+        self._layer.write(content)
+        self._length += len(content)
+
+    def _write_zeros(self) -> None:
+        """Too few zeros for a hole: they belong to the run."""
+        if self._zeros:
+            self._layer.write(bytes(self._zeros))
+            self._length += self._zeros
             self._zeros = 0
-        self._data += grain
-        if len(self._data) >= _PIECE:
-            self._hand_on(len(self._data) // COMMIT_STEP * COMMIT_STEP)
 
     def _end_run(self) -> None:
-        """Hand on the run, then the zeros after it."""
-        self._hand_on(len(self._data))
+        """Tell the writer of the run, then of the zeros after it."""
+        self._writer.stored(self._start // SECTOR, self._length // SECTOR)
+        self.stored += self._length
+        self._start += self._length
+        self._length = 0
         if self._mask and self._zeros:
             self._writer.zeroed(self._start // SECTOR, self._zeros // SECTOR)
         self._start += self._zeros
         self._zeros = 0
 
-    def _hand_on(self, length: int) -> None:
-        if length:
-            self._writer.data(self._start // SECTOR, bytes(self._data[:length]))
-        del self._data[:length]
-        self._start += length
-        self.stored += length
+
+def _zero_runs(buffer: bytearray, length: int) -> Iterator[tuple[int, int]]:
+    """Grains that are zero, joined: those too few for a hole only at either end, where more may follow.
+
+    One search for a grain of zeros anywhere passes most data in one call.
+    """
+    view = memoryview(buffer)
+    at = 0
+    while (found := buffer.find(_ZEROS, at, length)) >= 0:
+        start = end = -(-found // GRAIN) * GRAIN
+        while end < length and is_zero(view[end : min(end + GRAIN, length)]):
+            end += GRAIN
+        at = max(end, start)
+        end = min(end, length)
+        if end - start >= HOLE_MIN or (end > start and (start == 0 or end == length)):
+            yield start, end
+    tail = max(length // GRAIN * GRAIN, at)
+    if at <= tail < length and is_zero(view[tail:length]):
+        yield tail, length
 
 
-def _feed(fd: int, name: str, size: int, cutter: _Cutter) -> Iterator[int]:
+def _feed(fd: int, name: str, size: int, layer: LayerFile, cutter: _Cutter) -> Iterator[int]:
     """Give the whole disk to the cutter; yields how far it is."""
-    buffer = memoryview(bytearray(_PIECE))
     at = 0
     for start, end in _data_ranges(fd, size):
         cutter.skip(start - at)
         at = start
         while at < end:
-            piece = buffer[: min(_PIECE, end - at)]
-            _read(fd, name, at, piece)
-            cutter.add(piece)
-            at += len(piece)
+            buffer, length = layer.buffer(), min(PIECE, end - at)
+            _read(fd, name, at, memoryview(buffer)[:length])
+            cutter.add(buffer, length)
+            at += length
             yield at
     cutter.skip(size - at)
-    yield size
+
+
+def _feed_stream(fd: int, layer: LayerFile, cutter: _Cutter) -> Iterator[int]:
+    """The same for a disk of unknown size, to its end."""
+    at, length = 0, PIECE
+    while length == PIECE:
+        buffer, length = layer.buffer(), 0
+        view = memoryview(buffer)
+        while length < PIECE and (got := os.readv(fd, [view[length:]])):
+            length += got
+        cutter.add(buffer, length)
+        at += length
+        yield at
 
 
 def _data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
@@ -191,35 +242,6 @@ def _read(fd: int, name: str, offset: int, buffer: memoryview) -> None:
         if not got:
             raise EngineError(f"import disk: {name}: it ends at {offset + done} while it is read")
         done += got
-
-
-@contextmanager
-def _seekable(fd: int, name: str, out: Path) -> Iterator[tuple[int, int]]:
-    """The disk as something that can seek, and its size: fd itself, or a copy beside `out`."""
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
-        yield fd, os.lseek(fd, 0, os.SEEK_END)
-        return
-    with ExitStack() as stack:
-        try:
-            copy = stack.enter_context(TemporaryFile(dir=out.absolute().parent)).fileno()
-            size = _spool(fd, copy)
-        except OSError as error:
-            raise from_os("import disk", error, f"{name} to {out}") from error
-        yield copy, size
-
-
-def _spool(fd: int, copy: int) -> int:
-    """Copy a stream to its end, leaving holes where it is zero; its length."""
-    size = 0
-    while piece := os.read(fd, _PIECE):
-        if not is_zero(piece):
-            done = 0
-            while done < len(piece):
-                done += os.pwrite(copy, piece[done:], size + done)
-        size += len(piece)
-    os.ftruncate(copy, size)
-    return size
 
 
 def _silent(done: int, total: int) -> None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The file a layer is written to: bytes in, compressed and wrapped as asked, bytes out.
 
-LayerFile is the write function of formats.lsmt.CommitWriter. Memory is bounded: a few
-batches of blocks, however large the layer. Blocks are compressed by two threads; the
-bytes are the same with any number, as each batch is whole blocks.
+LayerFile is the write function of formats.lsmt.CommitWriter. Blocks are compressed by
+`jobs` threads; the bytes are the same with any number, as each task is whole blocks and
+results are taken in order. Memory is bounded: a few pieces for each thread, however
+large the layer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,11 +29,13 @@ log = logging.getLogger(__name__)
 
 CODECS = ("none", *zfile.CODECS)
 BLOCK_SIZES = tuple(4096 << shift for shift in range(5))  # what overlaybd's own reader takes
-_BATCH = 1 << 20  # plain bytes compressed at a time; a multiple of every block size
-_THREADS = 2  # one compresses while the other's result is written; more would starve a busy machine
-_AHEAD = 2 * _THREADS  # batches under way
+PIECE = 1 << 20  # plain bytes compressed at a time; a multiple of every block size
+_COPIED_BELOW = 64 << 10  # bytes; a shorter write joins others: a task costs as much as copying this
+_AHEAD = 2  # tasks under way for each thread: one is worked on, one waits
 _TABLE_MEMORY = 4 << 20  # bytes of jump table held in memory: 4 GiB of plain content in 4 KiB blocks
 _TABLE_PIECE = 1 << 20
+_SEND = 8 << 20  # bytes written between two calls that start the disk
+_MOVE = 1 << 20  # bytes moved at a time
 _FOREIGN_BLOCK_MAX = 65535  # overlaybd cannot read a longer stored block
 
 
@@ -56,30 +60,55 @@ class Wrapping:
 class LayerFile:
     """Writes one layer to a seekable, empty file. write() in order, then finish(). OSError as the file raises it."""
 
-    def __init__(self, fd: int, wrapping: Wrapping) -> None:
+    def __init__(self, fd: int, wrapping: Wrapping, jobs: int = 1, late: int = 0) -> None:
+        """The first `late` plain bytes, at most BLOCK_SIZES[0], may be given anew until finish()."""
         wrapping.check()
         self._fd = fd
         self._tar = wrapping.tar
         self._base = tar.WRAP_HEAD_SIZE if wrapping.tar else 0
         self._place = self._base  # where the next bytes go
+        self._sent = 0  # bytes on their way to the disk
+        self._late = late > 0
+        self._buffers: deque[tuple[bytearray, int]] = deque()  # each with the task that must be over first
         self._blocks = None
         if wrapping.codec != "none":
-            self._blocks = _Blocks(zfile.Options(zfile.CODECS[wrapping.codec], wrapping.block_size))
+            self._blocks = _Blocks(zfile.Options(zfile.CODECS[wrapping.codec], wrapping.block_size), jobs, late > 0)
             self._put(self._blocks.head())
+            self._start = self._place
+            self._place += self._blocks.reserved
 
-    def write(self, content: bytes) -> None:
-        """The next plain bytes of the layer."""
+    def buffer(self) -> bytearray:
+        """PIECE bytes to fill, and to write() from until the next call. Written parts stay as they are until then."""
+        if self._buffers:
+            self._buffers[-1] = (self._buffers[-1][0], self._blocks.submitted if self._blocks else 0)
+            oldest, task = self._buffers[0]
+            if not self._blocks or task <= self._blocks.taken:
+                self._buffers.rotate(-1)
+                return oldest
+        self._buffers.append((bytearray(PIECE), 0))
+        return self._buffers[-1][0]
+
+    def write(self, content: bytes | memoryview) -> None:
+        """The next plain bytes of the layer; a memoryview of buffer(), or bytes."""
         if self._blocks is None:
             self._put(content)
             return
-        for stored in self._blocks.add(content):
+        for stored in self._blocks.add(memoryview(content)):
             self._put(stored)
+
+    def rewrite(self, content: bytes) -> None:
+        """The late bytes anew."""
+        if self._blocks is None:
+            _put_at(self._fd, content, self._base)
+        else:
+            self._blocks.rewrite(content)
 
     def finish(self) -> int:
         """Write what comes last; the file's size."""
         if self._blocks:
             for stored in self._blocks.flush():
                 self._put(stored)
+            self._put_first(self._blocks.first())
             header, trailer = self._blocks.heads(self._place - self._base)
             for piece in self._blocks.table():
                 self._put(piece)
@@ -89,6 +118,7 @@ class LayerFile:
             payload = self._place - self._base
             _put_at(self._fd, tar.wrap_head(payload), 0)
             self._put(tar.wrap_tail(payload))
+        os.ftruncate(self._fd, self._place)
         return self._place
 
     def close(self) -> None:
@@ -107,17 +137,37 @@ class LayerFile:
     def _put(self, content: bytes | memoryview) -> None:
         _put_at(self._fd, content, self._place)
         self._place += len(content)
+        if self._place - self._sent >= _SEND and not self._late:
+            # Asks the disk to begin, and does not wait: else all of it is left to the fsync in the end.
+            os.posix_fadvise(self._fd, self._sent, self._place - self._sent, os.POSIX_FADV_DONTNEED)
+            self._sent = self._place
+
+    def _put_first(self, first: bytes | memoryview) -> None:
+        """A first block that was held back; what was written behind the room for it moves up to it."""
+        if not self._blocks or not self._blocks.reserved:
+            return
+        source, self._place, end = self._start + self._blocks.reserved, self._start, self._place
+        self._put(first)
+        while source < end:
+            piece = os.pread(self._fd, min(_MOVE, end - source), source)
+            source += len(piece)
+            self._put(piece)
 
 
 class _Blocks:
     """Plain bytes to stored blocks in order, and the jump table of them."""
 
-    def __init__(self, options: zfile.Options) -> None:
+    def __init__(self, options: zfile.Options, jobs: int, hold: bool) -> None:
+        """hold: keep the first block until first()."""
         self._options = options
-        self._plain = bytearray()
+        self._held: bytearray | None = bytearray() if hold else None
+        self.reserved = zfile.stored_length_max(options.block_size) if hold else 0
+        self.submitted = self.taken = 0  # tasks
+        self._plain = bytearray()  # less than a piece
         self._plain_size = 0
-        self._pool = ThreadPoolExecutor(_THREADS, "compress")
-        self._under_way: deque[Future[tuple[memoryview, list[int]]]] = deque()
+        self._ahead = _AHEAD * jobs
+        self._pool = ThreadPoolExecutor(jobs, "compress")
+        self._under_way: deque[Future[tuple[memoryview, memoryview]]] = deque()
         self._table = SpooledTemporaryFile(_TABLE_MEMORY)  # noqa: SIM115 - close() closes it
         self._table_crc = 0
         self._warned = False
@@ -126,24 +176,56 @@ class _Blocks:
         """The header to begin with."""
         return zfile.provisional_head(self._options).build()
 
-    def add(self, content: bytes) -> list[memoryview]:
-        """Take plain bytes; stored blocks that are ready, at most one batch behind for each that goes in."""
-        self._plain += content
+    def add(self, content: memoryview) -> Iterator[memoryview]:
+        """Take plain bytes; stored blocks that are ready, in order."""
         self._plain_size += len(content)
-        ready = []
-        while len(self._plain) >= _BATCH:
-            self._submit(bytes(self._plain[:_BATCH]))
-            del self._plain[:_BATCH]
-            if len(self._under_way) > _AHEAD:
-                ready.append(self._take())
-        return ready
+        if self._held is not None and len(self._held) < self._options.block_size:
+            taken = min(len(content), self._options.block_size - len(self._held))
+            self._held += content[:taken]
+            content = content[taken:]
+        size = self._options.block_size
+        if len(content) >= _COPIED_BELOW:
+            if self._plain:
+                short = -len(self._plain) % size
+                self._plain += content[:short]
+                content = content[short:]
+                yield from self._submit_plain()
+            whole = len(content) // size * size
+            yield from self._submit(content[:whole])
+            content = content[whole:]
+        self._plain += content
+        if len(self._plain) >= PIECE:
+            rest = self._plain[len(self._plain) // size * size :]
+            del self._plain[len(self._plain) - len(rest) :]
+            yield from self._submit_plain()
+            self._plain = rest
 
-    def flush(self) -> list[memoryview]:
+    def rewrite(self, content: bytes) -> None:
+        """The first plain bytes anew; they are still held."""
+        assert self._held is not None
+        self._held[: len(content)] = content
+
+    def flush(self) -> Iterator[memoryview]:
         """The rest of the stored blocks."""
         if self._plain:
-            self._submit(bytes(self._plain))
-            self._plain.clear()
-        return [self._take() for _ in range(len(self._under_way))]
+            yield from self._submit_plain()
+        while self._under_way:
+            yield self._take()
+
+    def first(self) -> memoryview:
+        """The block that was held; nothing if none was."""
+        if not self._held:
+            return memoryview(b"")
+        stored, lengths = self._compress(self._held)
+        later = self._table
+        self._table = SpooledTemporaryFile(_TABLE_MEMORY)  # noqa: SIM115 - as above
+        self._table_crc = 0
+        self._note(lengths)
+        later.seek(0)
+        while piece := later.read(_TABLE_PIECE):
+            self._note(memoryview(piece).cast("I"))
+        later.close()
+        return stored
 
     def heads(self, index_offset: int) -> tuple[bytes, bytes]:
         """The final header, and the trailer."""
@@ -163,21 +245,37 @@ class _Blocks:
         self._pool.shutdown(cancel_futures=True)
         self._table.close()
 
-    def _submit(self, plain: bytes) -> None:
-        codec, size = Codec(self._options.codec), self._options.block_size
-        self._under_way.append(self._pool.submit(zfile_compress, codec, size, plain, crc=self._options.verify))
+    def _submit_plain(self) -> Iterator[memoryview]:
+        plain, self._plain = self._plain, bytearray()
+        return self._submit(memoryview(plain))
+
+    def _submit(self, plain: memoryview) -> Iterator[memoryview]:
+        """Have whole blocks compressed; results of earlier ones, once enough are under way."""
+        if plain:
+            self._under_way.append(self._pool.submit(self._compress, plain))
+            self.submitted += 1
+        while len(self._under_way) > self._ahead:
+            yield self._take()
+
+    def _compress(self, plain: memoryview | bytearray) -> tuple[memoryview, memoryview]:
+        return zfile_compress(Codec(self._options.codec), self._options.block_size, plain, crc=self._options.verify)
 
     def _take(self) -> memoryview:
         stored, lengths = self._under_way.popleft().result()
-        if max(lengths) > _FOREIGN_BLOCK_MAX and not self._warned:
+        self.taken += 1
+        self._note(lengths)
+        return stored
+
+    def _note(self, lengths: memoryview) -> None:
+        """The next lengths of the jump table."""
+        if self._options.block_size > _FOREIGN_BLOCK_MAX and max(lengths) > _FOREIGN_BLOCK_MAX and not self._warned:
             self._warned = True
             log.warning(
                 "incompressible blocks of %d bytes: overlaybd itself cannot read them", self._options.block_size
             )
-        entries = struct.pack(f"<{len(lengths)}I", *lengths)
+        entries = lengths.tobytes() if sys.byteorder == "little" else struct.pack(f"<{len(lengths)}I", *lengths)
         self._table_crc = crc32c(self._table_crc, entries)
         self._table.write(entries)
-        return stored
 
 
 def _put_at(fd: int, content: bytes | memoryview, place: int) -> None:

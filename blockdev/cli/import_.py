@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="LAYER", type=Path, required=True)
     parser.add_argument("--codec", choices=["none", "lz4", "zstd"], default="lz4", help="(default %(default)s)")
     parser.add_argument("--block-size", metavar="N", type=parse_size, default=4096, help="bytes (default %(default)s)")
+    parser.add_argument("--jobs", metavar="N", type=int, help="threads that compress (default: one for each core)")
     parser.add_argument("--tar", action="store_true", help="wrap the layer in a tar, as registries have it")
     parser.add_argument("--uuid", metavar="U", default=_NULL_UUID, help="of the layer (default: all zeros)")
     parser.add_argument("--parent-uuid", metavar="P", default=_NULL_UUID, help="of the layer below it, if any")
@@ -29,10 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Make the layer; it appears once all of it is written."""
-    from blockdev.build.disk import LayerOptions, import_disk
+    from blockdev.build.disk import LayerOptions, all_cores, import_disk
     from blockdev.build.layerfile import Wrapping
 
-    options = LayerOptions(Wrapping(args.codec, args.block_size, args.tar), args.uuid, args.parent_uuid)
+    jobs = all_cores() if args.jobs is None else args.jobs
+    options = LayerOptions(Wrapping(args.codec, args.block_size, args.tar), args.uuid, args.parent_uuid, jobs)
     with open(_open_disk(args.disk), "rb", buffering=0) as disk:
         made = import_disk(disk.fileno(), args.disk, args.output, options, text.progress("read"))
     if args.json:

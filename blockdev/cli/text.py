@@ -90,7 +90,7 @@ def progress(verb: str) -> Show:
         now = time.monotonic()
         if now - started >= _PROGRESS_AFTER and (now - last >= _PROGRESS_EVERY or done == total):
             last = now
-            line = f"{verb} {size(done)} of {size(total)}"
+            line = f"{verb} {size(done)} of {size(total)}" if total else f"{verb} {size(done)}"
             print(f"\r\033[K{line}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     return show if sys.stderr.isatty() else lambda done, total: None

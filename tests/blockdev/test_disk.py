@@ -144,8 +144,7 @@ def test_equal_disks_give_equal_layers_sparse_or_not(tmp_path: Path, disk: bytes
     assert (tmp_path / "second").read_bytes() == first
 
 
-def test_a_stream_gives_the_same_layer(tmp_path: Path, disk: bytes) -> None:
-    expected = _import(disk, tmp_path / "first", LayerOptions())
+def _import_stream(disk: bytes, out: Path, options: LayerOptions) -> bytes:
     reader, writer = os.pipe()
 
     def send() -> None:
@@ -154,11 +153,40 @@ def test_a_stream_gives_the_same_layer(tmp_path: Path, disk: bytes) -> None:
 
     sender = threading.Thread(target=send)
     sender.start()
-    import_disk(reader, "-", tmp_path / "second", LayerOptions())
-    sender.join()
-    os.close(reader)
-    assert (tmp_path / "second").read_bytes() == expected
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "raw", "second"]
+    try:
+        made = import_disk(reader, "-", out, options)
+    finally:
+        sender.join()
+        os.close(reader)
+    assert (made.disk_size, made.layer_size) == (len(disk), out.stat().st_size)
+    return out.read_bytes()
+
+
+@pytest.mark.parametrize("codec", ["none", "lz4", "zstd"])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_the_layer_is_the_same_whatever_the_threads_and_from_a_stream(
+    tmp_path: Path, disk: bytes, codec: str, block_size: int
+) -> None:
+    wrapping = Wrapping(codec, block_size, tar=block_size == BLOCK_SIZES[0])
+    expected = _import(disk, tmp_path / "first", LayerOptions(wrapping, UUID, PARENT, jobs=1))
+    for jobs in (2, 8):
+        assert _import(disk, tmp_path / "second", LayerOptions(wrapping, UUID, PARENT, jobs)) == expected
+        assert _import_stream(disk, tmp_path / "third", LayerOptions(wrapping, UUID, PARENT, jobs)) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "raw", "second", "third"]
+
+
+@settings(max_examples=scaled(40, 500), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(disk=disks(), parent=st.sampled_from((lsmt.NULL_UUID, PARENT)), codec=st.sampled_from(("none", "lz4")))
+def test_a_stream_of_any_shape_gives_the_same_layer(tmp_path: Path, disk: bytes, parent: str, codec: str) -> None:
+    options = LayerOptions(Wrapping(codec), UUID, parent)
+    assert _import_stream(disk, tmp_path / "second", options) == _import(disk, tmp_path / "first", options)
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 4097, (1 << 20) + 1])
+def test_a_stream_that_is_no_whole_number_of_sectors_is_refused(tmp_path: Path, size: int) -> None:
+    with pytest.raises(UsageError, match=f"{size} bytes"):
+        _import_stream(b"x" * size, tmp_path / "layer", LayerOptions())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_zeros_of_a_child_hide_what_is_below(tmp_path: Path) -> None:
@@ -201,6 +229,7 @@ def test_what_is_no_whole_number_of_sectors_is_refused(tmp_path: Path, size: int
         LayerOptions(Wrapping("gzip")),
         LayerOptions(Wrapping("lz4", 1000)),
         LayerOptions(Wrapping("lz4", 131072)),
+        LayerOptions(jobs=0),
     ],
     ids=repr,
 )

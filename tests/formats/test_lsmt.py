@@ -317,3 +317,28 @@ def test_short_files_are_refused() -> None:
     for size in (0, 100, HEAD_SIZE, 2 * HEAD_SIZE - 1):
         with pytest.raises(FormatError):
             opened(SEEDS[0][:size])
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40_000) | st.sampled_from((16320, 16382, 16383))), max_size=6)
+)
+def test_stored_runs_are_cut_and_joined_as_step_by_step(runs: list[tuple[int, int]]) -> None:
+    """The slow way: every step of 64 sectors an entry, each joined to the one before if the rule allows it."""
+    out = bytearray()
+    writer = CommitWriter(out.extend, Head(0, SECTOR << 40))
+    slow: list[Segment] = []
+    at, place = 0, lsmt.HEAD_SECTORS
+    for gap, length in runs:
+        at += gap
+        writer.stored(at, length)
+        for start in range(0, length, 64):
+            step = Segment(at + start, min(64, length - start), place + start, False, 0)
+            last = slow[-1] if slow else None
+            if last and (last.end, last.mend) == (step.offset, step.moffset) and last.length + step.length < 16383:
+                slow[-1] = last._replace(length=last.length + step.length)
+            else:
+                slow.append(step)
+        at, place = at + length, place + length
+    trailer = writer.finish()
+    assert trailer.index_offset == place * SECTOR
+    assert list(lsmt.unpack(bytes(out[HEAD_SIZE : HEAD_SIZE + trailer.index_count * lsmt.ENTRY_SIZE]))) == slow
