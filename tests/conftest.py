@@ -14,7 +14,6 @@ import os
 import shutil
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +27,6 @@ from tests.progress import Progress
 
 pytest_plugins = ("tests.commands", "tests.registries")
 
-RUNS = Path(tempfile.gettempdir()).resolve() / "ociblk-test"  # short: socket paths go below it
 LEAVE_WAIT = 20.0  # seconds for what was told to stop: an idle owner alone takes 10 to leave
 
 _run = pytest.StashKey[Path]()
@@ -51,9 +49,9 @@ def pytest_configure(config: pytest.Config) -> None:
         requires.FULL = True
     if requires.FULL:
         config.pluginmanager.register(Progress(requires.ROOT))
-    run = RUNS / str(os.getpid())
-    RUNS.mkdir(exist_ok=True)
-    runs = os.open(RUNS, os.O_RDONLY | os.O_DIRECTORY)
+    run = leaks.RUNS / str(os.getpid())
+    leaks.RUNS.mkdir(exist_ok=True)
+    runs = os.open(leaks.RUNS, os.O_RDONLY | os.O_DIRECTORY)
     fcntl.flock(runs, fcntl.LOCK_EX)  # nobody sweeps between mkdir and lock
     _sweep_dead_runs()
     run.mkdir()
@@ -88,7 +86,7 @@ def _lock(run: Path) -> bool:
 
 
 def _sweep_dead_runs() -> None:
-    for run in RUNS.iterdir():
+    for run in leaks.RUNS.iterdir():
         if _lock(run):
             for swept in leaks.sweep(run):
                 print(f"swept what an earlier run left: {swept}", file=sys.stderr)

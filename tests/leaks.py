@@ -14,9 +14,11 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
+RUNS = Path(tempfile.gettempdir()).resolve() / "ociblk-test"  # short: socket paths go below it
 RUN_VARIABLE = "OCIBLK_TEST_RUN"
 KILL_WAIT = 5.0  # seconds a killed process may take to disappear
 
