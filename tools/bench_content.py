@@ -50,11 +50,20 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def make_content(folder: Path, files_bytes: tuple[int, int], ociblk: str) -> Content:
-    """All forms of a disk with so many bytes of files (at least, at most), in folder."""
+def make_content(folder: Path, files_bytes: tuple[int, int], ociblk: str, kept: Path | None) -> Content:
+    """All forms of a disk with so many bytes of files (at least, at most), in folder.
+
+    The disk itself, which no code of ours has made, is kept in `kept` for later benches.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    raw, qcow2 = folder / "disk.raw", folder / "disk.qcow2"
-    large_files = _make_file_system(folder / "tree", raw, files_bytes)
+    home = kept / f"disk-{files_bytes[1] // MIB}" if kept else folder / "disk"
+    if not home.exists():
+        new = home.with_name(f"{home.name}.{os.getpid()}")
+        new.mkdir(parents=True)
+        large_files = _make_file_system(new / "tree", new / "raw", files_bytes)
+        (new / "large-files").write_text("\n".join(large_files))
+        new.rename(home)
+    raw, qcow2 = home / "raw", folder / "disk.qcow2"
     command = ["qemu-img", "convert", "-c", "-O", "qcow2", "-o", "compression_type=zstd", raw, qcow2]
     subprocess.run(command, check=True)
     parts = [folder / f"part{number}.raw" for number in range(len(BORDERS) + 1)]
@@ -66,6 +75,7 @@ def make_content(folder: Path, files_bytes: tuple[int, int], ociblk: str) -> Con
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     for part in parts:
         part.unlink()
+    large_files = (home / "large-files").read_text().splitlines()
     return Content(raw.stat().st_size, sha256_file(raw), raw, qcow2, layers, large_files)
 
 

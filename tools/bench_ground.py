@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tools.bench_content import CODECS, MIB, Content, make_content
 from tools.bench_network import REPOSITORY, Registry, registry
+from tools.bench_programs import BUILD
 from tools.bench_servers import Ociblk, Served
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +50,8 @@ class Ground:
     @cached_property
     def content(self) -> Content:
         print("(making the content)", flush=True)
-        return make_content(self.folder / "content", (self.settings.files_min, self.settings.files), COMMAND)
+        files, kept = (self.settings.files_min, self.settings.files), None if self.settings == TINY else BUILD
+        return make_content(self.folder / "content", files, COMMAND, kept)
 
     @cached_property
     def registry(self) -> Registry:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-import os
+import resource
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -191,19 +191,23 @@ def process(ground: Ground) -> Iterator[Row]:
 # ---- import -------------------------------------------------------------------------------------
 
 
+def _children_cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def _import(ground: Ground, jobs: int) -> Sample:
     size, output = ground.content.size, ground.folder / "imported"
     command = [COMMAND, "import", ground.content.raw, "-o", output, "--codec", "lz4", "--jobs", str(jobs)]
-    start, before = time.monotonic(), os.times()
+    start, before = time.monotonic(), _children_cpu()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    seconds, after = time.monotonic() - start, os.times()
+    seconds, cpu = time.monotonic() - start, _children_cpu() - before
     output.unlink()
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return Sample(size / seconds / 1e6, cpu * GIB / size)
 
 
-def _bare_compress(ground: Ground, threads: int) -> Sample:
-    command = [program("bare_compress"), ground.content.raw, str(threads)]
+def _bare_compress(ground: Ground, threads: int, *outputs: Path) -> Sample:
+    command = [program("bare_compress"), ground.content.raw, str(threads), *outputs]
     made = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return Sample(ground.content.size / made["seconds"] / 1e6, made["cpu"] * GIB / ground.content.size)
 
@@ -215,6 +219,9 @@ def import_disk(ground: Ground) -> Iterator[Row]:
         contestants = {
             ours: lambda jobs=jobs: _import(ground, jobs),  # type: ignore[misc]
             rival: lambda jobs=jobs: _bare_compress(ground, jobs),  # type: ignore[misc]
+            f"{jobs} x the same, from file to file": lambda jobs=jobs: _bare_compress(  # type: ignore[misc]
+                ground, jobs, ground.folder / "imported"
+            ),
         }
         yield Row(
             f"import of {ground.content.size // MIB} MiB to lz4, jobs: {jobs}",
