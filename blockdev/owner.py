@@ -219,7 +219,7 @@ class Owner:
             self._note_unwritten(event)
 
     def _note_unwritten(self, event: Event) -> None:
-        self._supply.note_written(event.id, -event.status)
+        self._supply.note_unwritten(event.id, -event.status)
         if not self._warned_of_writes:
             self._warned_of_writes = True
             why = os.strerror(-event.status)

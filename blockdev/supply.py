@@ -99,14 +99,14 @@ class Supply:
         """Why the last fetch of a blob failed; None if it did not."""
         return self._pool.failure(id)
 
-    def note_written(self, id: int, error: int = 0) -> None:
-        """The cache of a blob was written, or could not be for this errno."""
+    def note_unwritten(self, id: int, error: int) -> None:
+        """The cache of a blob could not be written, for this errno."""
         with self._lock:
             if id in self._digests:
                 self._unwritten[id] = error
 
     def unwritten(self, id: int) -> int:
-        """Why the cache of a blob could not be written of late; 0 if it could."""
+        """The errno with which the cache of a blob was last not written; 0 if it always was."""
         return self._unwritten.get(id, 0)
 
     def join(self, timeout: float) -> bool:

@@ -28,7 +28,9 @@ SPAN = 4096  # extents between the first that is missing and the last asked for:
 HASHERS = 2  # a blob's digest takes one core; more would starve the readers of a small machine
 TICK = 0.02  # seconds between looks at what has arrived: a window lasts longer at 3 GB/s
 STALL = 0.25  # seconds without an arrival until what is missing is asked for again: its fetch may have failed
-UNWRITTEN_LIMIT = 1.0  # seconds that fetched bytes may take to the disk after a write to it has failed
+# Seconds without an arrival, once a write has failed. What could not be written is read from memory and not
+# asked for again, so it would be waited for in vain; a slow line brings an extent more often.
+UNWRITTEN_LIMIT = 5.0
 
 
 class Entry(Protocol):
@@ -51,7 +53,6 @@ class Supplier(Protocol):
 
     def error(self, id: int) -> BlockdevError | None: ...
     def unwritten(self, id: int) -> int: ...
-    def note_written(self, id: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -198,8 +199,6 @@ class Pull:
         now = time.monotonic()
         if arrived or idle:
             self._arrived_at = self._asked_at = now
-            for part in arrived:
-                self._supplier.note_written(part.entry.id)
         elif now - self._asked_at >= STALL:
             self._asked_at = now
             for part in self._parts:
