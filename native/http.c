@@ -2,7 +2,9 @@
  * http.c: a fetch filled by one ranged GET, on libcurl.
  *
  * Only the plain case lives here. Any other answer than the range is for the caller to
- * understand: he is told the status. Each thread keeps a handle, and so its connections.
+ * understand: he is told the status. Each thread keeps its connections. But not its handle:
+ * libcurl before 8.1 writes to a freed header when an answer on a used handle starts with
+ * a folded line. A new one costs a microsecond.
  */
 #include <curl/curl.h>
 #include <errno.h>
@@ -17,22 +19,48 @@
 static const long RECEIVE_SIZE = 128 * 1024;    /* two extents: fewer turns of curl's loop, still in a core's own cache */
 static const uint64_t HEADERS_MAX = 64 * 1024;  /* of one answer; registries send 1 KiB */
 
-static _Thread_local CURL *handle;    /* this thread's */
-static pthread_key_t handle_key;      /* the same; closes it when the thread ends */
-static int handle_error;
+static _Thread_local CURL *handle;            /* of the transfer under way */
+static _Thread_local CURLSH *connections;     /* this thread's */
+static pthread_key_t connections_key;         /* the same; closes them when the thread ends */
+static int connections_error;
 
-static void handles_open(void)
+static void connections_close(void *kept)
 {
-	handle_error = curl_global_init(CURL_GLOBAL_DEFAULT) || pthread_key_create(&handle_key, curl_easy_cleanup);
+	curl_share_cleanup(kept);
+}
+
+static void connections_prepare(void)
+{
+	connections_error = curl_global_init(CURL_GLOBAL_DEFAULT) || pthread_key_create(&connections_key, connections_close);
 }
 
 void http_disconnect(void)
 {
-	if (!handle)
+	if (!connections)
 		return;
-	pthread_setspecific(handle_key, NULL);
-	curl_easy_cleanup(handle);
-	handle = NULL;
+	pthread_setspecific(connections_key, NULL);
+	curl_share_cleanup(connections);
+	connections = NULL;
+}
+
+/* What a thread keeps from one request to the next. */
+static int connections_open(void)
+{
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+	if (connections)
+		return 0;
+	pthread_once(&once, connections_prepare);
+	connections = connections_error ? NULL : curl_share_init();
+	if (!connections || curl_share_setopt(connections, CURLSHOPT_SHARE, CURL_LOCK_DATA_CONNECT)
+	    || curl_share_setopt(connections, CURLSHOPT_SHARE, CURL_LOCK_DATA_SSL_SESSION)
+	    || curl_share_setopt(connections, CURLSHOPT_SHARE, CURL_LOCK_DATA_DNS)
+	    || pthread_setspecific(connections_key, connections)) {
+		curl_share_cleanup(connections);
+		connections = NULL;
+		return -ENOMEM;
+	}
+	return 0;
 }
 
 struct transfer {
@@ -110,17 +138,9 @@ static int on_progress(void *argument, curl_off_t total, curl_off_t now, curl_of
  * nothing is taken from the environment. */
 static int handle_open(void)
 {
-	static pthread_once_t once = PTHREAD_ONCE_INIT;
-
-	if (handle)
-		return 0;
-	pthread_once(&once, handles_open);
-	handle = handle_error ? NULL : curl_easy_init();
-	if (!handle || pthread_setspecific(handle_key, handle)) {
-		curl_easy_cleanup(handle);
-		handle = NULL;
+	handle = connections_open() ? NULL : curl_easy_init();
+	if (!handle || curl_easy_setopt(handle, CURLOPT_SHARE, connections))
 		return -ENOMEM;
-	}
 	curl_easy_setopt(handle, CURLOPT_NOSIGNAL, 1L);
 	curl_easy_setopt(handle, CURLOPT_QUICK_EXIT, 1L);
 	curl_easy_setopt(handle, CURLOPT_PROTOCOLS_STR, "http,https");
@@ -184,20 +204,21 @@ int ob_fetch_http(ob_fetch *lent, const ob_http_target *target, int64_t timeout_
 	struct transfer transfer = { .fetch = fetch, .filled = fetch->published * OB_EXTENT_SIZE,
 	                             .target = target, .since_ns = engine_now() };
 	long status = 0;
-	CURLcode code;
+	CURLcode code = handle_open() ? CURLE_OUT_OF_MEMORY : transfer_run(&transfer, target, timeout_ns);
+	int result = 0;
 
 	memset(out, 0, sizeof(*out));
-	if (handle_open())
-		return status_set(ENOMEM, "%s: no handle for a connection", target->failed);
-	code = transfer_run(&transfer, target, timeout_ns);
-	if (atomic_load(&fetch->blob->engine->stopped))
-		return status_set(ESHUTDOWN, "%s: the engine is stopping", target->failed);
-	if (transfer.filled == lent->length)
-		return 1;
-	if (!transfer.refused)
-		return status_set(EIO, "%s: %s", target->failed, reason(code));
-	curl_easy_getinfo(handle, CURLINFO_RESPONSE_CODE, &status);
-	out->status = (int32_t)status;
-	snprintf(out->retry_after, sizeof(out->retry_after), "%s", answer_header("Retry-After"));
-	return 0;
+	if (atomic_load(&fetch->blob->engine->stopped)) {
+		result = status_set(ESHUTDOWN, "%s: the engine is stopping", target->failed);
+	} else if (transfer.filled == lent->length) {
+		result = 1;
+	} else if (!transfer.refused) {
+		result = status_set(EIO, "%s: %s", target->failed, reason(code));
+	} else {
+		curl_easy_getinfo(handle, CURLINFO_RESPONSE_CODE, &status);
+		out->status = (int32_t)status;
+		snprintf(out->retry_after, sizeof(out->retry_after), "%s", answer_header("Retry-After"));
+	}
+	curl_easy_cleanup(handle);
+	return result;
 }
