@@ -37,6 +37,7 @@ PARSERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "nbd": {"native/nbd.c": (), "native/nbdwire.h": ()},
     "fuse": {"native/fuse.c": ("ob_fuse_get_stat", "fuse_gone", "fuse_trim", "slot_trim"), "native/fuse_serve.c": ()},
+    "http": {"native/http.c": ("connections_close",)},
     "layer": {
         "formats/tar.py": ("wrap_head", "wrap_tail", "_size_record", "_padded_octal", "_header_block"),
         "formats/zfile.py": ("Head.build", "provisional_head", "final_heads", "build", "_encode"),
