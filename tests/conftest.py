@@ -75,8 +75,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def _lock(run: Path) -> bool:
-    """Lock a run's directory until this process ends; False if its own process lives."""
-    fd = os.open(run, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Lock a run's directory until this process ends; False if its own process lives, or has just removed it."""
+    try:
+        fd = os.open(run, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -90,7 +93,7 @@ def _sweep_dead_runs() -> None:
         if _lock(run):
             for swept in leaks.sweep(run):
                 print(f"swept what an earlier run left: {swept}", file=sys.stderr)
-            shutil.rmtree(run)
+            shutil.rmtree(run, ignore_errors=True)  # another run may be sweeping it, too
 
 
 @pytest.fixture(scope="session", autouse=True)
