@@ -23,6 +23,7 @@ struct segment {
 struct index {
 	struct segment *entries;   /* sorted, not overlapping, none empty */
 	size_t count;
+	uint64_t sealed;           /* entries of all sorted tables so far */
 };
 
 /* A piece of an answered lookup. */
