@@ -444,19 +444,19 @@ int blob_reject(struct ob_blob *blob, uint64_t offset, uint64_t length)
 {
 	struct fetch_queue *queue = &blob->engine->fetch;
 	uint64_t first = offset / OB_EXTENT_SIZE, last = length ? (offset + length - 1) / OB_EXTENT_SIZE : first;
-	int again = 0, retried = 0;
+	int again = 0, retried = 0, writing;
 
 	atomic_fetch_add(&blob->crc_failures, 1);
 	if (!blob->state)
 		return 0;
 	pthread_mutex_lock(&queue->lock);
 	for (uint64_t extent = first; extent <= last; extent++) {
-		while (fetch_writing(blob, extent))
+		while ((writing = fetch_writing(blob, extent)) > 0)
 			pthread_cond_wait(&queue->settled, &queue->lock);
 		uint32_t state = atomic_load(&blob->state[extent]);
 
-		if ((state & EXTENT_KIND) != EXTENT_PRESENT && (state & EXTENT_KIND) != EXTENT_RESIDENT) {
-			again = 1; /* somebody dropped it before us: look at what comes */
+		if (writing || ((state & EXTENT_KIND) != EXTENT_PRESENT && (state & EXTENT_KIND) != EXTENT_RESIDENT)) {
+			again = 1; /* somebody dropped it before us, or we have yet to write it: look again */
 		} else if (state & EXTENT_RETRIED) {
 			retried = 1;
 		} else {

@@ -19,6 +19,7 @@ enum {
 	BUFFER_SIZE = FETCH_EXTENTS_MAX * OB_EXTENT_SIZE,
 	KEPT_BYTES_MAX = 16 << 20      /* fetched but not cacheable (disk full): kept in memory */
 };
+static _Thread_local const struct fetch *telling;   /* what this thread tells readers of before it writes it */
 
 /* ---- the queue ---- */
 
@@ -390,6 +391,7 @@ int ob_fetch_advance(ob_fetch *lent, uint64_t filled)
 	fetch->writing = to > from;
 	if (to > from)
 		parked_settle_fetch(fetch, 0, &ready);
+	telling = fetch;
 	fetch_unlock(fetch->queue, ready, NULL);
 	fetch_write(fetch, from, to);
 	return 0;
@@ -514,7 +516,7 @@ int fetch_writing(struct ob_blob *blob, uint64_t extent)
 
 	LIST_FOREACH(fetch, &blob->fetches, of_blob) {
 		if (fetch->writing && extent >= fetch->first && extent < fetch->first + fetch->count)
-			return 1;
+			return fetch == telling ? -1 : 1;
 	}
 	return 0;
 }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,8 +22,9 @@ from blockdev.source.blob import RegistryBlob
 from blockdev.supply import Supply
 from formats import oci, zfile
 from formats.lsmt import SECTOR
-from tests import stacks
+from tests import requires, stacks
 from tests.fakes.http_server import Answer, HttpServer, Seen, ranged
+from tests.served import served, unix_listener
 from tests.small_image import NOBODY
 
 WAIT = 20.0
@@ -103,6 +105,22 @@ def test_a_block_with_a_checksum_is_fetched_once_more(checked: Bench) -> None:
     with ExitStack() as undo:
         image = undo.enter_context(open_image(checked.engine, [checked.open(undo)]))
         assert image.read_at(0, PART) == DISK[:PART]
+    assert checked.liar.asked == 2
+
+
+def test_a_small_read_that_meets_it_is_answered_too(checked: Bench, tmp_path: Path) -> None:
+    """A fetch thread answers small reads itself, before it has written what it brought."""
+    requires.requires_command("nbdsh")
+    checked.liar.place, checked.liar.lies = 16 * EXTENT_SIZE + 1, 1  # in the block whose read misses the extent
+    script = f"for at in range(0, {PART}, 4096): open('read', 'ab').write(h.pread(4096, at))"
+    with ExitStack() as undo:
+        image = undo.enter_context(open_image(checked.engine, [checked.open(undo)]))
+        socket = tmp_path / "socket"
+        undo.enter_context(served(checked.engine, image.image, unix_listener(socket)))
+        command = ["/usr/bin/nbdsh", "--uri", f"nbd+unix:///?socket={socket}", "-c", script]
+        # It runs the first python3 on PATH, and only Debian's own has libnbd.
+        subprocess.run(command, check=True, timeout=60, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"})
+    assert (tmp_path / "read").read_bytes() == DISK[:PART]
     assert checked.liar.asked == 2
 
 

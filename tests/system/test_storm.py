@@ -41,6 +41,7 @@ ROUND = 2.0  # seconds of one cold cache
 ALONE = requires.scaled(3, 600) / 10  # seconds for each fault, and until it was met
 TOGETHER = requires.scaled(4, 600)
 CHANGE = requires.scaled(2, 5)  # seconds until three others are drawn
+LIMIT = requires.scaled(300, 3600)  # seconds of one test: thirteen faults, a minute each, and what they hold up
 WASTE = 1.1
 CALM_WAIT = 60.0  # seconds: what hosts were told has to pass, and a stall or two to end
 IDLE_WAIT = 60.0  # seconds: idle threads give their kept connections up after 15
@@ -104,6 +105,7 @@ def weather(storm: Storm, faults: Sequence[Fault], seconds: float, number: int) 
     return {name: value - before[name] for name, value in storm.tally().items()}
 
 
+@pytest.mark.timeout(LIMIT)
 def test_each_fault_alone(storm: Storm, record_measured: Callable[[str, dict[str, object]], None]) -> None:
     calm(storm)
     print(f"seed {SEED}")
@@ -115,6 +117,7 @@ def test_each_fault_alone(storm: Storm, record_measured: Callable[[str, dict[str
     record_measured("storm-alone", {"seed": SEED, "seconds_each": ALONE, "faults": seen})
 
 
+@pytest.mark.timeout(LIMIT)
 def test_three_faults_at_a_time(storm: Storm, record_measured: Callable[[str, dict[str, object]], None]) -> None:
     calm(storm)
     chance = random.Random(SEED)
@@ -132,6 +135,7 @@ def test_three_faults_at_a_time(storm: Storm, record_measured: Callable[[str, di
     record_measured("storm", {"seed": SEED, "seconds": TOGETHER, **figures, "waste": waste, "faults": times})
 
 
+@pytest.mark.timeout(LIMIT)
 def test_nothing_is_left_over(storm: Storm, record_measured: Callable[[str, dict[str, object]], None]) -> None:
     """After whatever this storm has been through: one round more takes nothing that does not come back."""
     calm(storm)
