@@ -20,7 +20,7 @@ from blockdev._native import ffi, lib
 from blockdev.config import Policy
 from blockdev.errors import BlockdevError, CorruptImage, EngineError, SourceError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 EXTENT_SIZE: int = lib.OB_EXTENT_SIZE
 LAYERS_MAX: int = lib.OB_LAYERS_MAX
 
@@ -497,9 +497,10 @@ def crc32c(seed: int, content: bytes | bytearray | memoryview) -> int:
     return int(lib.ob_crc32c(seed, ffi.from_buffer(content), len(content)))
 
 
-def is_zero(content: bytes | bytearray | memoryview) -> bool:
-    """Whether all bytes are zero."""
-    return bool(lib.ob_is_zero(ffi.from_buffer(content), len(content)))
+def zero_run(content: bytes | bytearray | memoryview, grain: int) -> tuple[int, int]:
+    """Start and end of the first grains in a row that are all zero; the content's length twice if there are none."""
+    end = ffi.new("uint64_t *")
+    return int(lib.ob_zero_run(ffi.from_buffer(content), len(content), grain, end)), int(end[0])
 
 
 def zfile_compress(

@@ -1,22 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * checked.h: arithmetic on numbers that came from outside. Each function returns false
- * and leaves *out alone when the true result does not fit.
+ * checked.h: arithmetic on numbers that came from outside. checked_mul() returns
+ * false and leaves *out alone when the true result does not fit.
  */
 #ifndef OB_CHECKED_H
 #define OB_CHECKED_H
 
 #include <stdbool.h>
 #include <stdint.h>
-
-static inline bool checked_add(uint64_t a, uint64_t b, uint64_t *out)
-{
-	uint64_t sum;
-	if (__builtin_add_overflow(a, b, &sum))
-		return false;
-	*out = sum;
-	return true;
-}
 
 static inline bool checked_mul(uint64_t a, uint64_t b, uint64_t *out)
 {

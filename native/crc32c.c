@@ -15,6 +15,7 @@
 #include <string.h>
 
 #include "ob.h"
+#include "round.h"
 
 #define POLYNOMIAL 0x82F63B78u /* reflected: bit 31 is x^0 */
 #define X0 0x80000000u         /* the polynomial 1 */
@@ -192,13 +193,25 @@ uint32_t ob_crc32c(uint32_t seed, const void *buffer, uint64_t length)
 	return ways[0](seed, buffer, length);
 }
 
-int ob_is_zero(const void *buffer, uint64_t length)
+static int is_zero(const uint8_t *p, uint64_t length)
 {
 	/* If the first bytes are zero and each byte equals the one `step` before it, all are. */
 	enum { step = 16 };
 	static const uint8_t zeros[step];
-	const uint8_t *p = buffer;
 	if (length <= step)
 		return memcmp(p, zeros, length) == 0;
 	return memcmp(p, zeros, step) == 0 && memcmp(p, p + step, length - step) == 0;
+}
+
+uint64_t ob_zero_run(const void *buffer, uint64_t length, uint64_t grain, uint64_t *end)
+{
+	const uint8_t *p = buffer;
+	uint64_t start = 0;
+
+	while (start < length && !is_zero(p + start, min_u64(grain, length - start)))
+		start += min_u64(grain, length - start);
+	*end = start;
+	while (*end < length && is_zero(p + *end, min_u64(grain, length - *end)))
+		*end += min_u64(grain, length - *end);
+	return start;
 }

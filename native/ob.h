@@ -28,7 +28,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes; checked when the binding is imported. */
-#define OB_ABI_VERSION 1
+#define OB_ABI_VERSION 2
 uint32_t ob_abi_version(void);
 
 /* Text of the last failure in this thread: "what failed: which thing: why". Never NULL. */
@@ -302,7 +302,8 @@ int64_t ob_zfile_compress(int codec, uint32_t block_size, int block_crc, const v
                           void *out, uint64_t out_size, uint32_t *lengths);
 /* Upper bound of what ob_zfile_compress() writes for `length` bytes. */
 uint64_t ob_zfile_bound(int codec, uint32_t block_size, uint64_t length);
-/* 1 if all bytes are zero. */
-int ob_is_zero(const void *buffer, uint64_t length);
+/* The first grains in a row that are all zero: where they start, and *end where they end;
+ * both `length` if there are none. `grain` >= 1 bytes; the last one may be shorter. */
+uint64_t ob_zero_run(const void *buffer, uint64_t length, uint64_t grain, uint64_t *end);
 
 #endif

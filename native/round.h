@@ -14,11 +14,6 @@ static inline bool is_power_of_two(uint64_t value)
 	return value != 0 && (value & (value - 1)) == 0;
 }
 
-static inline uint64_t round_down(uint64_t value, uint64_t unit)
-{
-	return value & ~(unit - 1);
-}
-
 static inline uint64_t round_up(uint64_t value, uint64_t unit)
 {
 	return (value + unit - 1) & ~(unit - 1);

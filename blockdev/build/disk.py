@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from blockdev.build.layerfile import PIECE, LayerFile, Wrapping
-from blockdev.engine import is_zero
+from blockdev.engine import zero_run
 from blockdev.errors import EngineError, UsageError, from_os
 from blockdev.replacement import replacing
 from formats.errors import FormatError
@@ -24,7 +24,6 @@ from formats.lsmt import HEAD_SIZE, NULL_UUID, SECTOR, VIRTUAL_SIZE_MAX, CommitW
 
 GRAIN = 4096  # where zeros are looked for: a file system's block
 HOLE_MIN = 32 << 10  # shorter runs of zeros are stored: an entry costs more than they do once compressed
-_ZEROS = bytes(GRAIN)
 
 Progress = Callable[[int, int], None]  # bytes of the disk done, and in all (0 = not known yet)
 
@@ -123,13 +122,13 @@ class _Cutter:
 
     def add(self, buffer: bytearray, length: int) -> None:
         """The next bytes of the disk: the first `length` of the buffer."""
-        view = memoryview(buffer)
+        content = memoryview(buffer)[:length]
         at = 0
-        for start, end in _zero_runs(buffer, length):
-            self._store(view[at:start])
+        for start, end in _zero_runs(content):
+            self._store(content[at:start])
             self.skip(end - start)
             at = end
-        self._store(view[at:length])
+        self._store(content[at:])
 
     def skip(self, length: int) -> None:
         """The next bytes of the disk are zeros."""
@@ -170,24 +169,13 @@ class _Cutter:
         self._zeros = 0
 
 
-def _zero_runs(buffer: bytearray, length: int) -> Iterator[tuple[int, int]]:
-    """Grains that are zero, joined: those too few for a hole only at either end, where more may follow.
-
-    One search for a grain of zeros anywhere passes most data in one call.
-    """
-    view = memoryview(buffer)
-    at = 0
-    while (found := buffer.find(_ZEROS, at, length)) >= 0:
-        start = end = -(-found // GRAIN) * GRAIN
-        while end < length and is_zero(view[end : min(end + GRAIN, length)]):
-            end += GRAIN
-        at = max(end, start)
-        end = min(end, length)
-        if end - start >= HOLE_MIN or (end > start and (start == 0 or end == length)):
+def _zero_runs(content: memoryview) -> Iterator[tuple[int, int]]:
+    """Grains that are zero, joined: those too few for a hole only at either end, where more may follow."""
+    end = 0
+    while end < len(content):
+        start, end = (end + place for place in zero_run(content[end:], GRAIN))
+        if end - start >= HOLE_MIN or (end > start and (start == 0 or end == len(content))):
             yield start, end
-    tail = max(length // GRAIN * GRAIN, at)
-    if at <= tail < length and is_zero(view[tail:length]):
-        yield tail, length
 
 
 def _feed(fd: int, name: str, size: int, layer: LayerFile, cutter: _Cutter) -> Iterator[int]:

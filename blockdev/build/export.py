@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Callable
 
-from blockdev.engine import RunKind, is_zero
+from blockdev.engine import RunKind, zero_run
 from blockdev.errors import from_os
 from blockdev.image import OpenImage
 
@@ -65,10 +65,11 @@ def _put(fd: int, content: memoryview, place: int | None) -> None:
         while done < len(content):
             done += os.write(fd, content[done:])
         return
-    for start in range(0, len(content), _GRAIN):
-        grain = content[start : start + _GRAIN]
-        if not is_zero(grain):
-            _put_at(fd, grain, place + start)
+    at = 0
+    while at < len(content):
+        start, end = zero_run(content[at:], _GRAIN)
+        _put_at(fd, content[at : at + start], place + at)
+        at += end
 
 
 def _put_at(fd: int, content: memoryview, place: int) -> None:

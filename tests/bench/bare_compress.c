@@ -67,6 +67,7 @@ static uint8_t *load(const char *path, size_t *blocks)
 {
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
 	struct stat stat;
+	uint64_t end;
 
 	CHECK(fd >= 0 && fstat(fd, &stat) == 0);
 	uint8_t *plain = malloc((size_t)stat.st_size);
@@ -75,7 +76,7 @@ static uint8_t *load(const char *path, size_t *blocks)
 		uint8_t *block = plain + *blocks * BLOCK;
 
 		CHECK(pread(fd, block, BLOCK, at) == BLOCK);
-		*blocks += !ob_is_zero(block, BLOCK);
+		*blocks += ob_zero_run(block, BLOCK, BLOCK, &end) != 0;
 	}
 	close(fd);
 	return plain;

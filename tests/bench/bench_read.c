@@ -78,6 +78,7 @@ static void layer_load(struct layer *layer, const struct options *options)
 {
 	int fd = open(options->file, O_RDONLY);
 	struct stat stat;
+	uint64_t end;
 
 	CHECK(fd >= 0 && fstat(fd, &stat) == 0);
 	size_t size = options->mib << 20;
@@ -92,7 +93,7 @@ static void layer_load(struct layer *layer, const struct options *options)
 		uint8_t *page = layer->plain + HEAD + layer->pages * PAGE;
 
 		CHECK(pread(fd, page, PAGE, (off_t)at) == PAGE);
-		if (ob_is_zero(page, PAGE))
+		if (ob_zero_run(page, PAGE, PAGE, &end) == 0)
 			continue;
 		struct entry *last = layer->pages ? &layer->entries[layer->entry_count - 1] : NULL;
 		if (last && layer->places[layer->pages - 1] + PAGE == at && last->lo >> 50 < SEGMENT / 512)

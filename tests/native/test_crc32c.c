@@ -67,15 +67,33 @@ static void a_crc_can_be_continued(void)
 static void one_bit_anywhere_is_not_zero(void)
 {
 	uint8_t bytes[200] = {0};
+	uint64_t end;
 
-	for (size_t length = 0; length <= sizeof(bytes); length++) {
-		CHECK(ob_is_zero(bytes, length));
+	for (size_t length = 1; length <= sizeof(bytes); length++) {
+		CHECK(ob_zero_run(bytes, length, length, &end) == 0 && end == length);
 		for (size_t i = 0; i < length; i++) {
 			bytes[i] = 0x40;
-			CHECK(!ob_is_zero(bytes, length));
+			CHECK(ob_zero_run(bytes, length, length, &end) == length && end == length);
 			bytes[i] = 0;
 		}
 	}
+}
+
+static void a_run_of_zeros_is_whole_grains(void)
+{
+	uint8_t bytes[100] = {0};
+	uint64_t end;
+
+	CHECK(ob_zero_run(bytes, 0, 8, &end) == 0 && end == 0);
+	CHECK(ob_zero_run(bytes, 100, 8, &end) == 0 && end == 100);
+	bytes[17] = 1;
+	CHECK(ob_zero_run(bytes, 100, 8, &end) == 0 && end == 16);
+	bytes[3] = 1;
+	CHECK(ob_zero_run(bytes, 100, 8, &end) == 8 && end == 16);
+	bytes[15] = 1;
+	CHECK(ob_zero_run(bytes, 100, 8, &end) == 24 && end == 100);
+	memset(bytes, 1, 96);
+	CHECK(ob_zero_run(bytes, 100, 8, &end) == 96 && end == 100);
 }
 
 int main(void)
@@ -84,5 +102,6 @@ int main(void)
 	every_way_agrees_at_every_length_and_alignment();
 	a_crc_can_be_continued();
 	one_bit_anywhere_is_not_zero();
+	a_run_of_zeros_is_whole_grains();
 	return 0;
 }
