@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: Apache-2.0
- *
  * checked.h: arithmetic on numbers that came from outside. checked_mul() returns
  * false and leaves *out alone when the true result does not fit.
  */

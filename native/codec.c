@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: Apache-2.0
- *
  * codec.c: LZ4 blocks and zstd frames, both ways.
  */
 #include "codec.h"

@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: Apache-2.0
- *
  * codec.h: one compressed block to bytes, and what a thread keeps for doing so.
  *
  * Any thread may call anything here. Input is untrusted: nothing is read or written

@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: Apache-2.0
- *
  * crc32c.c: raw CRC32C by CPU instruction where there is one, else by table.
  *
  * The x86 instruction takes three cycles and one can start each cycle, so three

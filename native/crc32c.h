@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: Apache-2.0
- *
  * crc32c.h: the ways this machine has to compute ob_crc32c(): Castagnoli, reflected, no
  * inversion before or after, so ob_crc32c(ob_crc32c(s, a), b) is that of a followed by b.
  */

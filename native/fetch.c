@@ -393,6 +393,7 @@ int ob_fetch_advance(ob_fetch *lent, uint64_t filled)
 		parked_settle_fetch(fetch, 0, &ready);
 	telling = fetch;
 	fetch_unlock(fetch->queue, ready, NULL);
+	telling = NULL;
 	fetch_write(fetch, from, to);
 	return 0;
 }

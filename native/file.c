@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: Apache-2.0
- *
  * file.c: ob_file: from plain offsets to blob ranges, by window or by ZFile.
  */
 #include "file.h"

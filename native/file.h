@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: Apache-2.0
- *
  * file.h: the plain content of a layer: a window of a blob, or a ZFile in one.
  *
  * A file is immutable: any thread may read it, and no call takes a lock of its own.

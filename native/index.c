@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: Apache-2.0
- *
  * index.c: load a layer's table, lay it over the layers below, look ranges up.
  *
  * Laying over: both sides are sorted lists without overlaps; one merge keeps of the

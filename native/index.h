@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: Apache-2.0
- *
  * index.h: which sectors of an image are where: the LSMT tables of all its layers, merged.
  *
  * Built once, layer by layer from the bottom, by one thread; immutable afterwards, so

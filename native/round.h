@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: Apache-2.0
- *
  * round.h: to multiples. `unit` is a power of two except in div_up(). The caller has
  * made sure that rounding up does not pass 2^64.
  */

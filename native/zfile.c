@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: Apache-2.0
- *
  * zfile.c: the jump table, and reads through it.
  *
  * A read of a range is a read of consecutive blocks, stored one after the other: they

@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: Apache-2.0
- *
  * zfile.h: a ZFile: blocks of equal plain size, compressed one by one, found by a table
  * of their stored lengths (overlaybd.md 2.3, 2.4).
  *
