@@ -26,6 +26,8 @@ from formats.readat import BytesAt
 from tests import oracle
 
 FIX = 1  # bit of the first byte: make checksums right
+SEAL = 2  # bit of the first byte: a presence map's seal is right too
+MAP_CRC_SIZE = 4  # of the head's CRC, and of the seal behind it
 READ_MAX = 1 << 20  # bytes of a decoded layer that are read
 SECTORS_MAX = 100_000  # of a log that is compared sector by sector
 HEAD_FRONT = 136  # bytes of an LSMT head: all but its version and tag, which nobody judges
@@ -125,15 +127,23 @@ def _read_back(head: lsmt.Head, live: list[lsmt.Segment], data: BytesAt) -> None
 
 
 def head(content: bytes) -> None:
-    """A presence map's head; what parses builds the same head again."""
-    raw = content[1 : 1 + presence.HEAD_SIZE]
-    if content[:1] and content[0] & FIX:
-        raw = raw.ljust(presence.HEAD_SIZE, b"\0")[:-4]
-        raw += standard(raw).to_bytes(4, "little")
+    """A presence map: its head builds the same head again, and what its table lacks is what is 0 in it."""
+    how, raw, table = content[:1], content[1 : 1 + presence.HEAD_SIZE], content[1 + presence.HEAD_SIZE :]
+    if how and how[0] & FIX:
+        raw = raw.ljust(presence.HEAD_SIZE, b"\0")
+        crc = standard(raw[: -2 * MAP_CRC_SIZE])
+        seal = (crc or 1).to_bytes(MAP_CRC_SIZE, "little") if how[0] & SEAL else raw[-MAP_CRC_SIZE:]
+        raw = raw[: -2 * MAP_CRC_SIZE] + crc.to_bytes(MAP_CRC_SIZE, "little") + seal
     with suppress(FormatError):
         parsed = presence.Head.parse(raw)
         assert presence.Head.parse(parsed.build()) == parsed
         assert presence.map_size(parsed.size) >= presence.TABLE_OFFSET
+    first, count = len(table) % 7, len(table) // 3
+    runs = presence.absent_runs(table, first, count)
+    absent = {extent for start, length in runs for extent in range(start, start + length)}
+    entries = [table[4 * i : 4 * i + 4].ljust(4, b"\0") for i in range(count)]
+    assert absent == {first + i for i, entry in enumerate(entries) if entry == bytes(4)}
+    assert presence.extent_entry(table)
 
 
 # ---- documents ----
