@@ -319,7 +319,8 @@ class Exchange:
         return Ranged(url, target)
 
     def fill(self, task: Task, ranged: Ranged, fetch: Fetch) -> int:
-        """Have the engine send it for what the fetch wants, once. 206: all is there. Another status: nothing is.
+        """Have the engine send it for what the fetch wants, once. 206: all is there. Another status: nothing is;
+        0 stands for a 206 that holds something else.
 
         As send(), SourceError or LeftAlone if there is no answer, or one that asking again will not change.
         """
@@ -338,7 +339,7 @@ class Exchange:
         if told is not None or refusal.status >= _SERVER_ERRORS:
             why = f"{_place(task, ranged.url)}answered {refusal.status}"
             raise SourceError(why, retry_after=told, host=host)
-        return refusal.status
+        return refusal.status if refusal.status != 206 else 0
 
     def _time_left(self, task: Task, url: str) -> float:
         """Seconds for a request to this URL, if it may be sent now."""

@@ -286,6 +286,15 @@ def test_a_registry_that_has_moved_its_blobs_is_followed(node: Node, server: Blo
     assert [seen.range is not None for seen in server.store.seen] == [True] * 3
 
 
+@pytest.mark.parametrize("answer", WRONG[1:6], ids=lambda answer: str(len(answer.headers)))
+def test_a_part_that_is_another_than_was_asked_for_is_asked_for_again(
+    node: Node, server: BlobServer, answer: Answer
+) -> None:
+    node.check(0)
+    server.next_answers.append(answer)
+    node.check(2, 4)
+
+
 def test_each_failure_is_got_over(node: Node, server: BlobServer) -> None:
     node.check(0)
     server.next_answers.extend(Answer(status) for status in (500, 404 + 12, 400))
