@@ -58,9 +58,10 @@ def held_by(pid: int, run: Path) -> Held:
             kinds.append(str(entry.readlink()))
         except FileNotFoundError:  # closed meanwhile
             continue
-    table = Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]
-    tcp = {f"socket:[{line.split()[9]}]" for line in table}
-    kept = sum(kind in tcp for kind in kinds)
+    # Not by the table of TCP: a connection that the registry has reset is a socket still, but in no table.
+    table = Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]
+    local = {f"socket:[{line.split()[6]}]" for line in table}
+    kept = sum(kind.startswith("socket:") and kind not in local for kind in kinds)
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return Held(
         kept=kept,
