@@ -89,7 +89,11 @@ class Entry:
         remembered durably. On a mismatch all of the entry is dropped: CorruptImage. If another
         thread is at it, its finding is taken.
         """
-        self._cache._verify(self._state, reach)
+        self._cache._verify(self._state, reach, fetching=True)
+
+    def verify_here(self) -> bool:
+        """As verify(), but only if all of the blob is here now: False if not."""
+        return self._cache._verify(self._state, None, fetching=False)
 
     def drop_rotten(self, offset: int, length: int) -> None:
         """Take an extent away if it is not what its checksum says, whoever reads it meanwhile."""
@@ -324,14 +328,17 @@ class Cache:
             shared.files.close()
             return True
 
-    def _verify(self, shared: _Open, reach: Callable[[int], None] | None) -> None:
-        seen = shared.findings
+    def _verify(self, shared: _Open, reach: Callable[[int], None] | None, *, fetching: bool) -> bool:
+        seen = shared.findings  # before anything else: a blob that is dropped from now on is so by a finding
+        if not fetching and shared.blob.stat().present_bytes != shared.blob.size:
+            return False
         with shared.checking:
             if shared.findings == seen:  # nobody else has looked while we waited
                 shared.wrong = self._compare(shared, reach)
                 shared.findings += 1
             if shared.wrong:
                 raise CorruptImage(shared.wrong)
+            return True
 
     def _compare(self, shared: _Open, reach: Callable[[int], None] | None) -> str:
         """Seal the blob, or drop it; what is wrong with its digest, "" if nothing."""

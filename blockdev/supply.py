@@ -123,8 +123,7 @@ class Supply:
             if entry is None:  # closed meanwhile: it is checked when it is next opened
                 continue
             try:
-                if not entry.verified:
-                    entry.verify()
+                if not entry.verified and entry.verify_here():
                     log.info("blob verified digest=%s size=%d", entry.digest, entry.blob.size)
             except EngineStopped:
                 return

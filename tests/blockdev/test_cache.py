@@ -105,6 +105,18 @@ def test_a_blob_of_other_content_is_dropped_whole(cache: Cache, caplog: pytest.L
     again.close()
 
 
+def test_what_is_not_all_here_is_not_fetched_to_be_looked_at(cache: Cache) -> None:
+    """A blob just dropped for its content would be fetched again, and dropped again."""
+    entry = cache.open(DIGEST, SIZE, POLICY)
+    entry.blob.store(0, CONTENT[: SIZE // 2])
+    assert not entry.verify_here()
+    assert not entry.verified
+    entry.blob.store(0, CONTENT)
+    assert entry.verify_here()
+    assert entry.verified
+    entry.close()
+
+
 def test_an_adopted_file_is_a_verified_blob(cache: Cache, tmp_path: Path) -> None:
     fd = _file(tmp_path)
     cache.adopt(fd, DIGEST)
