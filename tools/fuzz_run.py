@@ -3,7 +3,7 @@
 
 A target is a C file tests/fuzz/fuzz_NAME.c (libFuzzer, ASan and UBSan) or a function in
 tests/fuzz/parsers.py (atheris). Both take libFuzzer's flags. Kept inputs are in
-tests/fuzz/corpus/NAME, whatever else was found in build/fuzz/work/NAME. A crash, a hang
+tests/fuzz/corpus/NAME, whatever else was found in build/fuzz/found/NAME. A crash, a hang
 or greed stops the target and leaves the input in build/fuzz/findings/.
 """
 
@@ -29,7 +29,7 @@ CASES = ROOT / "tests" / "fuzz"
 CORPUS = CASES / "corpus"
 GUIDED = CASES / "guided.py"  # one program for all targets of parsers.py
 BUILD = ROOT / "build" / "fuzz"
-WORK = BUILD / "work"
+FOUND = BUILD / "found"
 FINDINGS = BUILD / "findings"
 
 MEMORY_MIB = 256  # resident: the bound promised for any input, sanitizer included
@@ -56,7 +56,7 @@ class Target:
 
     @property
     def work(self) -> Path:
-        return WORK / self.name
+        return FOUND / self.name
 
     @property
     def kept(self) -> Path:
