@@ -53,6 +53,13 @@ class Bench:
         self._opened.append((entry, client))
         return entry
 
+    def open_from(self, registry: Registry) -> Entry:
+        """The same, once a registry has the blob."""
+        client = Client(registry.host, Provider())
+        client.upload(REPOSITORY, DIGEST, len(CONTENT), io.BytesIO(CONTENT))
+        client.close()
+        return self.open(registry.host, Policy("eio", WAIT))
+
     def close(self) -> None:
         self.engine.stop()
         assert self.pool.join(WAIT)
@@ -89,10 +96,7 @@ def in_threads(count: int, reader: Callable[[int], None]) -> None:
 
 
 def test_no_byte_of_a_blob_is_asked_for_twice(bench: Bench, registry: Registry) -> None:
-    client = Client(registry.host, Provider())
-    client.upload(REPOSITORY, DIGEST, len(CONTENT), io.BytesIO(CONTENT))
-    client.close()
-    entry = bench.open(registry.host, Policy("eio", WAIT))
+    entry = bench.open_from(registry)
 
     def reader(number: int) -> None:
         for offset in range(number * 17_000, len(CONTENT) - 40_000, 300_000):
@@ -105,10 +109,7 @@ def test_no_byte_of_a_blob_is_asked_for_twice(bench: Bench, registry: Registry) 
 
 
 def test_a_pull_and_two_readers_ask_for_each_byte_once(bench: Bench, registry: Registry) -> None:
-    client = Client(registry.host, Provider())
-    client.upload(REPOSITORY, DIGEST, len(CONTENT), io.BytesIO(CONTENT))
-    client.close()
-    entry = bench.open(registry.host, Policy("eio", WAIT))
+    entry = bench.open_from(registry)
     entry.blob.prefetch(0, len(CONTENT), Priority.BULK)
 
     def reader(number: int) -> None:

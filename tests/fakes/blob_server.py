@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import deque
-from types import TracebackType
 from typing import Self
 
 from tests.fakes.http_server import PIECE_WAIT, Answer, HttpServer, Seen, ranged
@@ -82,7 +81,5 @@ class BlobServer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self.close()

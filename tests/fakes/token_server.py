@@ -7,7 +7,6 @@ import base64
 import json
 import time
 import uuid
-from types import TracebackType
 from typing import Self
 from urllib.parse import parse_qs
 
@@ -61,9 +60,7 @@ class TokenServer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self.close()
 
     def _answer(self, seen: Seen) -> Answer:
