@@ -14,6 +14,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import construct as c
@@ -307,14 +308,17 @@ class CommitWriter:
     """Writes a committed layer from its live map in order, to the byte as overlaybd does, and strictly forwards.
 
     `head` gives virtual size, UUIDs and tag; its flags and index fields are not used.
-    Offsets and lengths are in sectors. Not thread-safe.
+    Offsets and lengths are in sectors. Not thread-safe. A map that is not known in order can be
+    written in stretches: only the index has to be sorted, not the content.
     """
 
     def __init__(self, write: Callable[[bytes], object], head: Head) -> None:
         self._write = write
         self._head = head
         self._position = HEAD_SECTORS
-        self._index = bytearray()
+        self._index = bytearray()  # of this stretch
+        self._stretches: list[tuple[Segment, Segment, bytearray]] = []  # earlier ones: first and last entry, index
+        self._first: Segment | None = None
         self._pending: Segment | None = None
         self._write(self._header())
 
@@ -350,14 +354,25 @@ class CommitWriter:
             part = min(LENGTH_MAX, offset + length - start)
             self._emit(Segment(start, part, self._position, True, tag))
 
+    def elsewhere(self) -> None:
+        """What follows begins a stretch of its own, before or after all others on the disk and apart from them."""
+        self._flush()
+        if self._first and self._pending:
+            self._stretches.append((self._first, self._pending, self._index))
+        self._first = self._pending = None
+        self._index = bytearray()
+
     def finish(self) -> Head:
         """Write index and trailer; the trailer's head. FormatError if no reader would open so many entries."""
-        self._flush()
-        short = -(len(self._index) // ENTRY_SIZE) % _INDEX_UNIT
-        table = bytes(self._index) + PADDING_ENTRY * short
+        self.elsewhere()
+        self._stretches.sort(key=lambda stretch: stretch[0].offset)
+        for (_, last, _), (first, _, _) in pairwise(self._stretches):
+            if first.offset < last.end:
+                raise FormatError(f"sector {first.offset} is written twice")
+        table = b"".join(index for _, _, index in self._stretches)
+        table += PADDING_ENTRY * (-(len(table) // ENTRY_SIZE) % _INDEX_UNIT)
         count = len(table) // ENTRY_SIZE
-        if count > SEALED_ENTRIES_MAX:
-            raise FormatError(f"{count} index entries, no reader takes more than {SEALED_ENTRIES_MAX}")
+        _check_count(count)
         index_offset = self._position * SECTOR
         trailer = replace(self._head, flags=SEALED_TRAILER, index_offset=index_offset, index_count=count)
         self._write(table)
@@ -379,7 +394,14 @@ class CommitWriter:
 
     def _flush(self) -> None:
         if self._pending:
+            self._first = self._first or self._pending
             self._index += pack_segment(self._pending)
+            _check_count(len(self._index) // ENTRY_SIZE)
+
+
+def _check_count(count: int) -> None:
+    if count > SEALED_ENTRIES_MAX:
+        raise FormatError(f"{count} index entries, no reader takes more than {SEALED_ENTRIES_MAX}")
 
 
 def _joinable(a: Segment, b: Segment) -> bool:

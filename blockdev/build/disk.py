@@ -15,15 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from blockdev.build.cutter import GRAIN, Cutter
 from blockdev.build.layerfile import PIECE, LayerFile, Wrapping
-from blockdev.engine import zero_run
 from blockdev.errors import EngineError, UsageError, from_os
 from blockdev.replacement import replacing
 from formats.errors import FormatError
 from formats.lsmt import HEAD_SIZE, NULL_UUID, SECTOR, VIRTUAL_SIZE_MAX, CommitWriter, Head
-
-GRAIN = 4096  # where zeros are looked for: a file system's block
-HOLE_MIN = 32 << 10  # shorter runs of zeros are stored: an entry costs more than they do once compressed
 
 Progress = Callable[[int, int], None]  # bytes of the disk done, and in all (0 = not known yet)
 
@@ -70,7 +67,7 @@ def import_disk(
         try:
             with LayerFile(target, options.wrapping, options.jobs, HEAD_SIZE if size < 0 else 0) as layer:
                 writer = CommitWriter(layer.write, replace(head, virtual_size=max(0, size)))
-                cutter = _Cutter(writer, layer, mask=head.parent_uuid != NULL_UUID)
+                cutter = Cutter(writer, layer, mask=head.parent_uuid != NULL_UUID)
                 fed = _feed_stream(fd, layer, cutter) if size < 0 else _feed(fd, name, size, layer, cutter)
                 for done in fed:
                     (progress or _silent)(done, max(0, size))
@@ -108,77 +105,7 @@ def _head(options: LayerOptions) -> Head:
     return head
 
 
-class _Cutter:
-    """Cuts a disk into runs of data and of zeros: data go to the layer as they come, runs to the writer in order."""
-
-    def __init__(self, writer: CommitWriter, layer: LayerFile, *, mask: bool) -> None:
-        self._writer = writer
-        self._layer = layer
-        self._mask = mask
-        self._start = 0  # of the run at hand, in the disk
-        self._length = 0  # of it, written
-        self._zeros = 0  # that follow it, not decided yet
-        self.stored = 0
-
-    def add(self, buffer: bytearray, length: int) -> None:
-        """The next bytes of the disk: the first `length` of the buffer."""
-        content = memoryview(buffer)[:length]
-        at = 0
-        for start, end in _zero_runs(content):
-            self._store(content[at:start])
-            self.skip(end - start)
-            at = end
-        self._store(content[at:])
-
-    def skip(self, length: int) -> None:
-        """The next bytes of the disk are zeros."""
-        self._zeros += length
-
-    def finish(self) -> None:
-        """The disk ends here."""
-        if self._zeros < HOLE_MIN:
-            self._write_zeros()
-        self._end_run()
-
-    def _store(self, content: memoryview) -> None:
-        if not content:
-            return
-        if self._zeros >= HOLE_MIN:
-            self._end_run()
-        else:
-            self._write_zeros()
-        self._layer.write(content)
-        self._length += len(content)
-
-    def _write_zeros(self) -> None:
-        """Too few zeros for a hole: they belong to the run."""
-        if self._zeros:
-            self._layer.write(bytes(self._zeros))
-            self._length += self._zeros
-            self._zeros = 0
-
-    def _end_run(self) -> None:
-        """Tell the writer of the run, then of the zeros after it."""
-        self._writer.stored(self._start // SECTOR, self._length // SECTOR)
-        self.stored += self._length
-        self._start += self._length
-        self._length = 0
-        if self._mask and self._zeros:
-            self._writer.zeroed(self._start // SECTOR, self._zeros // SECTOR)
-        self._start += self._zeros
-        self._zeros = 0
-
-
-def _zero_runs(content: memoryview) -> Iterator[tuple[int, int]]:
-    """Grains that are zero, joined: those too few for a hole only at either end, where more may follow."""
-    end = 0
-    while end < len(content):
-        start, end = (end + place for place in zero_run(content[end:], GRAIN))
-        if end - start >= HOLE_MIN or (end > start and (start == 0 or end == len(content))):
-            yield start, end
-
-
-def _feed(fd: int, name: str, size: int, layer: LayerFile, cutter: _Cutter) -> Iterator[int]:
+def _feed(fd: int, name: str, size: int, layer: LayerFile, cutter: Cutter) -> Iterator[int]:
     """Give the whole disk to the cutter; yields how far it is."""
     at = 0
     for start, end in _data_ranges(fd, size):
@@ -193,7 +120,7 @@ def _feed(fd: int, name: str, size: int, layer: LayerFile, cutter: _Cutter) -> I
     cutter.skip(size - at)
 
 
-def _feed_stream(fd: int, layer: LayerFile, cutter: _Cutter) -> Iterator[int]:
+def _feed_stream(fd: int, layer: LayerFile, cutter: Cutter) -> Iterator[int]:
     """The same for a disk of unknown size, to its end."""
     at, length = 0, PIECE
     while length == PIECE:

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blockdev.build.disk import HOLE_MIN, LayerOptions, import_disk
+from blockdev.build.cutter import HOLE_MIN
+from blockdev.build.disk import LayerOptions, import_disk
 from blockdev.build.layerfile import BLOCK_SIZES, Wrapping
 from blockdev.engine import RunKind
 from blockdev.errors import NotFound, UsageError

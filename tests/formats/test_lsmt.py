@@ -178,6 +178,27 @@ def test_the_writer_refuses_to_go_back() -> None:
         writer.data(15, bytes(SECTOR))
 
 
+def test_stretches_are_found_in_the_order_of_the_disk_whatever_order_they_were_written_in() -> None:
+    out = bytearray()
+    writer = CommitWriter(out.extend, Head(0, 64 * SECTOR))
+    for offset in (40, 8, 0):
+        writer.data(offset, bytes([offset]) * 4 * SECTOR)
+        writer.elsewhere()
+    writer.finish()
+    entries = opened(out)
+    assert [(entry.offset, entry.length) for entry in entries] == [(0, 4), (8, 4), (40, 4)]
+    assert [out[entry.moffset * SECTOR] for entry in entries] == [0, 8, 40]
+
+
+def test_stretches_that_overlap_are_refused() -> None:
+    writer = CommitWriter(lambda _: None, Head(0, 64 * SECTOR))
+    writer.data(8, bytes(8 * SECTOR))
+    writer.elsewhere()
+    writer.data(0, bytes(9 * SECTOR))
+    with pytest.raises(FormatError, match="sector 8 is written twice"):
+        writer.finish()
+
+
 @pytest.mark.parametrize("head", [Head(0, 1), Head(0, -SECTOR), Head(0, 0, uuid="x"), Head(0, 0, user_tag=bytes(257))])
 def test_heads_without_bytes_are_not_built(head: Head) -> None:
     with pytest.raises(FormatError):
