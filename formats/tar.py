@@ -184,9 +184,30 @@ def wrap_head(payload_size: int) -> bytes:
     return pax + record.ljust(BLOCK, b"\0") + member
 
 
+def padding(size: int) -> bytes:
+    """Zeros that follow a body of `size` bytes, up to a block."""
+    return bytes(_rounded(size) - size)
+
+
+END = bytes(2 * BLOCK)  # of an archive
+
+
 def wrap_tail(payload_size: int) -> bytes:
     """What follows the payload: zeros up to a block, then two blocks of zeros."""
-    return bytes(_rounded(payload_size) - payload_size + 2 * BLOCK)
+    return padding(payload_size) + END
+
+
+def member_head(name: bytes, size: int) -> bytes:
+    """The header of a plain file, as it stands before a member that comes after the payload."""
+    return _header_block(
+        name=name,
+        mode=b"0000444\0",
+        uid=b"0000000\0",
+        gid=b"0000000\0",
+        size=b"%011o\0" % size,
+        mtime=b"%011o\0" % 0,
+        typeflag=b"0",
+    )
 
 
 def _size_record(payload_size: int) -> bytes:

@@ -39,7 +39,7 @@ PARSERS: dict[str, dict[str, tuple[str, ...]]] = {
     "fuse": {"native/fuse.c": ("ob_fuse_get_stat", "fuse_gone", "fuse_trim", "slot_trim"), "native/fuse_serve.c": ()},
     "http": {"native/http.c": ("connections_close",)},
     "layer": {
-        "formats/tar.py": ("wrap_head", "wrap_tail", "_size_record", "_padded_octal", "_header_block"),
+        "formats/tar.py": ("wrap_head", "wrap_tail", "member_head", "_size_record", "_padded_octal", "_header_block"),
         "formats/zfile.py": ("Head.build", "provisional_head", "final_heads", "build", "_encode"),
         "formats/lsmt.py": (
             *("CommitWriter.", "commit", "_joinable", "pack_segment", "pack", "Head.build"),
@@ -49,6 +49,7 @@ PARSERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "log": {"formats/pair.py": ("PairWriter.",)},
     "head": {"formats/presence.py": ()},
+    "table": {"formats/digests.py": ("TableWriter.",)},
     "document": {"formats/oci.py": (), "formats/layout.py": (), "formats/imagespec.py": ()},
     "handshake": {"formats/nbdwire.py": ()},
 }

@@ -24,6 +24,7 @@ from typing import Self
 from blockdev.engine import Codec, crc32c, zfile_compress
 from blockdev.errors import UsageError
 from formats import tar, zfile
+from formats.digests import UNIT, Table, TableWriter
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +42,15 @@ _FOREIGN_BLOCK_MAX = 65535  # overlaybd cannot read a longer stored block
 
 @dataclass(frozen=True)
 class Wrapping:
-    """How a layer is stored. codec: one of CODECS; block_size is of no meaning without one."""
+    """How a layer is stored. codec: one of CODECS; block_size is of no meaning without one.
+
+    digests: with the table that lets a reader check each part by itself (docs/formats/digest-table.md).
+    """
 
     codec: str = "lz4"
     block_size: int = 4096
     tar: bool = False
+    digests: bool = False
 
     def check(self) -> None:
         """UsageError if no layer can be stored so."""
@@ -55,6 +60,8 @@ class Wrapping:
             raise UsageError(
                 f"write layer: block size {self.block_size}: want one of {', '.join(map(str, BLOCK_SIZES))}"
             )
+        if self.digests and not self.tar:
+            raise UsageError("write layer: a digest table is a member of the tar: want a tar around the layer")
 
 
 class LayerFile:
@@ -71,11 +78,17 @@ class LayerFile:
         self._late = late > 0
         self._buffers: deque[tuple[bytearray, int]] = deque()  # each with the task that must be over first
         self._blocks = None
+        self._wants_table = wrapping.digests
+        self._digests: TableWriter | None = None
+        self.table: Table | None = None  # what finish() has written, if one is wanted
+        self._expect(self._base)
         if wrapping.codec != "none":
             self._blocks = _Blocks(zfile.Options(zfile.CODECS[wrapping.codec], wrapping.block_size), jobs, late > 0)
             self._put(self._blocks.head())
             self._start = self._place
             self._place += self._blocks.reserved
+            if self._blocks.reserved:
+                self._digests = None  # all of it will be written once more
 
     def buffer(self) -> bytearray:
         """PIECE bytes to fill, and to write() from until the next call. Written parts stay as they are until then."""
@@ -117,9 +130,24 @@ class LayerFile:
         if self._tar:
             payload = self._place - self._base
             _put_at(self._fd, tar.wrap_head(payload), 0)
-            self._put(tar.wrap_tail(payload))
+            self._put(tar.padding(payload))
+            self._put_tail()
         os.ftruncate(self._fd, self._place)
         return self._place
+
+    def _put_tail(self) -> None:
+        """What comes behind the payload: the table, if one is wanted, and the tar's end."""
+        if self._digests is None:
+            self._put(tar.END)
+            return
+        self.table = self._digests.finish(os.pread(self._fd, min(UNIT, self._place), 0))
+        self._digests = None
+        self._put(self.table.tail)
+
+    def _expect(self, place: int) -> None:
+        """What is written from here on is written for the last time, but for the first unit."""
+        if self._wants_table:
+            self._digests = TableWriter(place)
 
     def close(self) -> None:
         """Let go of threads and scratch space; the file is its opener's."""
@@ -136,6 +164,8 @@ class LayerFile:
 
     def _put(self, content: bytes | memoryview) -> None:
         _put_at(self._fd, content, self._place)
+        if self._digests:
+            self._digests.add(content)
         self._place += len(content)
         if self._place - self._sent >= _SEND and not self._late:
             # Asks the disk to begin, and does not wait: else all of it is left to the fsync in the end.
@@ -147,6 +177,7 @@ class LayerFile:
         if not self._blocks or not self._blocks.reserved:
             return
         source, self._place, end = self._start + self._blocks.reserved, self._start, self._place
+        self._expect(self._start)
         self._put(first)
         while source < end:
             piece = os.pread(self._fd, min(_MOVE, end - source), source)

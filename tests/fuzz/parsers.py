@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from formats import imagespec, layout, lsmt, nbdwire, oci, pair, presence, superblock, tar, zfile
+from formats import digests, imagespec, layout, lsmt, nbdwire, oci, pair, presence, superblock, tar, zfile
 from formats.crc32c import crc32c, standard
 from formats.errors import FormatError
 from formats.readat import BytesAt
@@ -144,6 +144,28 @@ def head(content: bytes) -> None:
     entries = [table[4 * i : 4 * i + 4].ljust(4, b"\0") for i in range(count)]
     assert absent == {first + i for i, entry in enumerate(entries) if entry == bytes(4)}
     assert presence.extent_entry(table)
+
+
+def table(content: bytes) -> None:
+    """A digest table, whose head fits its digests where the first byte says so, and a unit held against it."""
+    how, body = content[:1], content[1:]
+    if how and how[0] & FIX and len(body) >= digests.HEAD_SIZE:
+        count = (len(body) - digests.HEAD_SIZE) // digests.DIGEST_SIZE
+        covered = count * digests.UNIT - tar.BLOCK * (how[0] >> 1)
+        numbers = covered.to_bytes(8, "little", signed=True) + count.to_bytes(8, "little")
+        body = body[:16] + numbers + body[32:]
+    with suppress(FormatError):
+        parsed = digests.Table.parse(body)
+        assert parsed.build() == body
+        assert digests.Place.of(parsed.place.annotations(), parsed.blob_size) == parsed.place
+        last = digests.unit_count(parsed.blob_size) - 1
+        start, length = parsed.span(last)
+        assert start + length == parsed.blob_size
+        parsed.matches(last, bytes(max(0, parsed.covered - start)) + parsed.tail[-length:])
+    with suppress(FormatError):
+        fields = body.decode("latin-1").split("\n")
+        names = digests.Place(tar.BLOCK, "").annotations()
+        digests.Place.of(dict(zip(names, fields, strict=False)), len(content))
 
 
 # ---- documents ----
@@ -329,6 +351,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "layer": layer,
     "log": log,
     "head": head,
+    "table": table,
     "document": document,
     "handshake": handshake,
 }
