@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _ECHO = 40  # characters of a caller's own words in an answer
 _PROGRESS_EVERY = 0.2  # seconds
+_RANGE_MAX = 4 << 20  # bytes of one answer to "read": they are in memory twice
 _DRAIN_LIMIT = 5.0  # seconds that the requests in hand of an ended export get
 
 
@@ -61,6 +62,7 @@ class Session:
             "inspect": self._inspect,
             "verify": self._verify,
             "export": self._export,
+            "disk": self._disk,
             "pull": self._pull,
             "adopt": self._adopt,
             "fsck": self._fsck,
@@ -230,6 +232,20 @@ class Session:
             export_image(stack.image, target, self._progress())
             return {"size": stack.image.size}
 
+    def _disk(self, message: Message) -> Body:
+        """Read ranges of the disk into the last descriptor, a file of the caller's, until it says "end"."""
+        window = message.descriptor(-1)
+        with self._open(message) as stack:
+            self._channel.send({"size": stack.image.size})
+            while True:
+                asked = self._channel.receive()
+                if asked is None:
+                    raise ConnectionAbortedError
+                with contextlib.closing(asked):
+                    if asked.body.get("op") == "end":
+                        return {}
+                    self._channel.send({"read": _read(stack, asked, window)})
+
     def _progress(self) -> Callable[[int, int], None]:
         """Tells the caller how far a long operation is."""
         tell = self._teller()
@@ -264,6 +280,21 @@ class Session:
             raise DeviceError(f"stopping the owner failed: {', '.join(live)}: in use (--force ends them)")
         self._stop()
         return {"stopping": os.getpid()}
+
+
+def _read(stack: Stack, asked: Message, window: int) -> int:
+    """Put the range that is asked for at the start of a caller's file; how long it is."""
+    offset, length = asked.member("offset", int), asked.member("length", int)
+    if not 0 <= offset <= offset + length <= stack.image.size or not 0 <= length <= _RANGE_MAX:
+        raise UsageError(f"asking the owner failed: offset {offset}, length {length}: no range of the disk")
+    piece = stack.image.read_at(offset, length)
+    try:
+        written = os.pwrite(window, piece, 0)
+    except OSError as error:
+        raise UsageError(f"asking the owner failed: descriptors: {error.strerror}") from None
+    if written != length:
+        raise UsageError("asking the owner failed: descriptors: its file has no room")
+    return length
 
 
 def _access(message: Message) -> Body | None:
