@@ -30,9 +30,13 @@ def parse_index(document: bytes) -> Index:
 
 
 def choose_tag(index: Index, tag: str | None) -> Descriptor:
-    """What the layout has under a tag; without one, all it has if that is one image, or `latest`."""
-    if tag is None and len(index.manifests) == 1:
-        return index.manifests[0]
+    """What the layout has under a tag; without one, all it has if that is one image, or `latest`.
+
+    What only says something about another image (it has an artifact type) does not count.
+    """
+    images = [manifest for manifest in index.manifests if not manifest.artifact_type]
+    if tag is None and len(images) == 1:
+        return images[0]
     wanted = tag or "latest"
     for manifest in index.manifests:
         if manifest.annotations.get(REF_NAME) == wanted:

@@ -44,6 +44,9 @@ TURBO_TARGET_TYPE = OVERLAYBD + "turbo-oci/target-media-type"
 FASTOCI_TARGET_DIGEST = OVERLAYBD + "fastoci/target-digest"  # the name before TurboOCI
 FASTOCI_TARGET_TYPE = OVERLAYBD + "fastoci/target-media-type"
 NATIVE_VERSION = "0.1.0"
+NATIVE_ARTIFACT = "application/vnd.containerd.overlaybd.native.v1+json"
+REFERENCE_TYPE = "vnd.docker.reference.type"  # BuildKit's, of a descriptor in an index
+ATTESTATION = "attestation-manifest"
 
 _HEX_LENGTH = {"sha256": 64, "sha512": 128}
 _DIGEST = re.compile(r"(sha256|sha512):([0-9a-f]+)")
@@ -189,16 +192,27 @@ class Descriptor:
     size: int
     annotations: Mapping[str, str] = field(default_factory=dict)
     platform: Platform | None = None
+    artifact_type: str = ""
 
     def build(self) -> dict[str, Any]:
         """As a JSON object."""
         document: dict[str, Any] = {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
+        if self.artifact_type:
+            document["artifactType"] = self.artifact_type
         if self.annotations:
             document["annotations"] = dict(self.annotations)
         if self.platform:
             given = {"os": self.platform.os, "architecture": self.platform.architecture}
             document["platform"] = given | ({"variant": self.platform.variant} if self.platform.variant else {})
         return document
+
+
+@dataclass(frozen=True)
+class Referral:
+    """That a manifest or index belongs to another one, and as what."""
+
+    subject: Descriptor
+    artifact_type: str
 
 
 @dataclass(frozen=True)
@@ -209,12 +223,13 @@ class Manifest:
     layers: tuple[Descriptor, ...]
     media_type: str = OCI_MANIFEST
     annotations: Mapping[str, str] = field(default_factory=dict)
+    referral: Referral | None = None
 
     def build(self) -> bytes:
         """Canonical JSON."""
         document: dict[str, Any] = {"schemaVersion": 2, "mediaType": self.media_type, "config": self.config.build()}
         document["layers"] = [layer.build() for layer in self.layers]
-        return canonical(document | ({"annotations": dict(self.annotations)} if self.annotations else {}))
+        return _build(document, self.annotations, self.referral)
 
 
 @dataclass(frozen=True)
@@ -224,16 +239,22 @@ class Index:
     manifests: tuple[Descriptor, ...]
     media_type: str = OCI_INDEX
     annotations: Mapping[str, str] = field(default_factory=dict)
+    referral: Referral | None = None
 
     def build(self) -> bytes:
         """Canonical JSON."""
         document: dict[str, Any] = {"schemaVersion": 2, "mediaType": self.media_type}
         document["manifests"] = [manifest.build() for manifest in self.manifests]
-        return canonical(document | ({"annotations": dict(self.annotations)} if self.annotations else {}))
+        return _build(document, self.annotations, self.referral)
+
+    @property
+    def images(self) -> list[Descriptor]:
+        """The manifests without those that say something about another one."""
+        return [image for image in self.manifests if not _is_attestation(image)]
 
     def choose(self, platform: Platform) -> Descriptor:
         """The image for a platform; the only one whatever it says. FormatError if there is none."""
-        images = [image for image in self.manifests if not _is_attestation(image)]
+        images = self.images
         if len(images) == 1 and images[0].platform is None:
             return images[0]
         fitting = [image for image in images if image.platform and platform.accepts(image.platform)]
@@ -246,7 +267,14 @@ class Index:
 
 def _is_attestation(image: Descriptor) -> bool:
     """BuildKit keeps signatures and SBOMs in the index as images for no platform at all."""
-    return image.platform is not None and image.platform.os == "unknown"
+    said = image.annotations.get(REFERENCE_TYPE) == ATTESTATION
+    return said or (image.platform is not None and image.platform.os == "unknown")
+
+
+def _build(document: dict[str, Any], annotations: Mapping[str, str], referral: Referral | None) -> bytes:
+    if referral:
+        document |= {"subject": referral.subject.build(), "artifactType": referral.artifact_type}
+    return canonical(document | ({"annotations": dict(annotations)} if annotations else {}))
 
 
 # ---- parsing ----------------------------------------------------------------------------------
@@ -324,7 +352,8 @@ def _descriptor(value: object, place: str) -> Descriptor:
     if values.get("platform") is not None:
         inner = _object(values["platform"], f"{place}.platform")
         platform = Platform(*(text(inner, key, f"{place}.platform") for key in ("os", "architecture", "variant")))
-    return Descriptor(text(values, "mediaType", place), digest, size, _annotations(values, place), platform)
+    kind, artifact = text(values, "mediaType", place), text(values, "artifactType", place)
+    return Descriptor(kind, digest, size, _annotations(values, place), platform, artifact)
 
 
 # ---- building -----------------------------------------------------------------------------------

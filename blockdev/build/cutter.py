@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
-from blockdev.build.layerfile import LayerFile
 from blockdev.engine import zero_run
 from formats.lsmt import SECTOR, CommitWriter
 
@@ -13,10 +13,18 @@ GRAIN = 4096  # where zeros are looked for: a file system's block
 HOLE_MIN = 32 << 10  # shorter runs of zeros are stored: an entry costs more than they do once compressed
 
 
+class Out(Protocol):
+    """Where the bytes of a layer go: blockdev.build.layerfile.LayerFile."""
+
+    def buffer(self) -> bytearray: ...
+    def write(self, content: bytes | memoryview) -> None: ...
+    def rewrite(self, content: bytes) -> None: ...
+
+
 class Cutter:
     """Cuts a disk into runs of data and of zeros: data go to the layer as they come, runs to the writer in order."""
 
-    def __init__(self, writer: CommitWriter, layer: LayerFile, *, mask: bool, start: int = 0) -> None:
+    def __init__(self, writer: CommitWriter, layer: Out, *, mask: bool, start: int = 0) -> None:
         """mask: zeros hide what lies below. start: where on the disk the first bytes belong."""
         self._writer = writer
         self._layer = layer

@@ -40,9 +40,11 @@ class Scope(NamedTuple):
 
     repository: str
     actions: str  # "pull" or "pull,push"
+    reading: str = ""  # another repository, to pull from
 
     def __str__(self) -> str:
-        return f"repository:{self.repository}:{self.actions}" if self.repository else ""
+        more = f" repository:{self.reading}:pull" if self.reading else ""
+        return f"repository:{self.repository}:{self.actions}{more}" if self.repository else ""
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,8 @@ class Authorizer:
             headers = {"Content-Type": "application/x-www-form-urlencoded"}
             request = Request("POST", realm, headers, urlencode(form | asked).encode())
         else:
-            query = ("&" if "?" in realm else "?") + urlencode(asked) if asked else ""
+            each = {name: value.split(" ") if name == "scope" else [value] for name, value in asked.items()}
+            query = ("&" if "?" in realm else "?") + urlencode(each, doseq=True) if asked else ""
             request = Request("GET", realm + query).with_authorization(credential.basic if credential else None)
         with self._exchange.send(task, request) as reply:
             if reply.status in _REFUSED:

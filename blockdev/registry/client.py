@@ -9,14 +9,15 @@ decision (blockdev/source/retrying.py). Sizes and offsets are bytes. Thread-safe
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 from blockdev.engine import Fetch
 from blockdev.errors import AccessDenied, CorruptImage, NotFound, SourceError
@@ -40,6 +41,7 @@ _DENIED = (401, 403)
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 _ACCEPT = ", ".join((*oci.MANIFEST_TYPES, *oci.INDEX_TYPES))
 _EVERYTHING = Scope("", "")
+_log = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
@@ -247,10 +249,12 @@ class Client:
         size: int,
         file: BinaryIO,
         progress: Callable[[int], None] = lambda sent: None,
+        others: Iterable[str] = (),
     ) -> bool:
         """Send a blob from where the file stands, unless the registry has it: False then.
 
-        `progress` is told how many bytes have arrived so far.
+        `progress` is told how many bytes have arrived so far. `others` are repositories that may have
+        the blob: the registry is asked to take it from there.
         """
         scope = Scope(repository, "pull,push")
         task = self._task("pushing a blob", f"/{repository}@{digest}", ANSWER_SECONDS)
@@ -258,6 +262,8 @@ class Client:
             if reply.status == 200:
                 return False
             reply.require(404)
+        if any(self._mount(task, repository, digest, other) for other in others if other != repository):
+            return False
         with self._send(task, scope, Request("POST", self._url(repository, "blobs/uploads/"), body=b"")) as reply:
             reply.require(202)
             place = self._upload_url(task, reply)
@@ -272,6 +278,23 @@ class Client:
         commit = f"{place}{'&' if '?' in place else '?'}digest={digest}"
         self._upload(task, scope, Request("PUT", commit, {"Content-Type": "application/octet-stream"}, b""), 201)
         return True
+
+    def _mount(self, task: Task, repository: str, digest: str, other: str) -> bool:
+        """Whether the registry has taken the blob from another repository of its own."""
+        scope = Scope(repository, "pull,push", other)
+        query = urlencode({"mount": digest, "from": other})
+        url = f"{self._url(repository, 'blobs/uploads/')}?{query}"
+        try:
+            with self._send(task, scope, Request("POST", url, body=b"")) as reply:
+                if reply.status == 201:
+                    return True
+                place = self._upload_url(task, reply) if reply.status == 202 else ""
+            if place:  # an upload has begun instead: it is not wanted
+                with self._send(task, scope, Request("DELETE", place)):
+                    pass
+        except AccessDenied as error:  # to the other repository: then the blob has to be sent
+            _log.info("no mount from repository=%s: %s", other, error)
+        return False
 
     def _upload(self, task: Task, scope: Scope, request: Request, want: int) -> str:
         """One step of an upload; where the next one goes."""
@@ -291,12 +314,21 @@ class Client:
 
     def put_manifest(self, repository: str, identifier: str, media_type: str, body: bytes) -> str:
         """Store a manifest or index under a tag or its digest; returns its digest."""
+        self._put_manifest(repository, identifier, media_type, body)
+        return oci.digest_of(body)
+
+    def put_referrer(self, repository: str, media_type: str, body: bytes) -> bool:
+        """Store a manifest or index that has a subject; whether the registry lists it as a referrer by itself."""
+        return self._put_manifest(repository, oci.digest_of(body), media_type, body) != ""
+
+    def _put_manifest(self, repository: str, identifier: str, media_type: str, body: bytes) -> str:
+        """What the registry says the subject is."""
         task = self._task("pushing a manifest", f"/{repository}:{identifier}", ANSWER_SECONDS)
         url = self._url(repository, f"manifests/{identifier}")
         request = Request("PUT", url, {"Content-Type": media_type}, body)
         with self._send(task, Scope(repository, "pull,push"), request) as reply:
             reply.require(201)
-        return oci.digest_of(body)
+            return reply.header("OCI-Subject")
 
     # ---- requests -----------------------------------------------------------------------------
 

@@ -65,6 +65,33 @@ def test_a_blob_that_is_there_is_not_sent_again(registry: Registry) -> None:
     assert [access.method for access in registry.accesses()].count("PATCH") == 1
 
 
+def test_a_blob_of_another_repository_is_taken_from_there(registry: Registry) -> None:
+    client = Client(registry.host, NOBODY)
+    push(client, "team/first")
+    others = ["team/none", "team/first"]
+    assert not client.upload("app", DIGEST, len(CONTENT), io.BytesIO(CONTENT), others=others)
+    assert client.blob_size("app", DIGEST) == len(CONTENT)
+    assert not [access for access in registry.accesses("/app/") if access.method == "PATCH"]
+    assert [access.status for access in registry.accesses("/app/") if access.method == "DELETE"] == [204]
+
+
+def test_a_blob_that_no_repository_gives_is_sent(registry: Registry) -> None:
+    client = Client(registry.host, NOBODY)
+    assert client.upload("app", DIGEST, len(CONTENT), io.BytesIO(CONTENT), others=["team/none", "app"])
+    assert client.blob_size("app", DIGEST) == len(CONTENT)
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_a_registry_says_whether_it_lists_referrers(lists: bool) -> None:
+    subject = oci.Descriptor(oci.OCI_MANIFEST, DIGEST, 7)
+    referral = oci.Referral(subject, oci.NATIVE_ARTIFACT)
+    body = oci.Index((), referral=referral).build()
+    with HttpServer(lambda seen: Answer(201, {"OCI-Subject": DIGEST} if lists else {})) as server:
+        assert Client(server.host, NOBODY).put_referrer("app", oci.OCI_INDEX, body) == lists
+    assert server.seen[-1].path == f"/v2/app/manifests/{oci.digest_of(body)}"
+    assert json.loads(server.seen[-1].body)["subject"]["digest"] == DIGEST
+
+
 def test_an_empty_blob_can_be_pushed(registry: Registry) -> None:
     client = Client(registry.host, NOBODY)
     assert client.upload("app", oci.digest_of(b""), 0, io.BytesIO())

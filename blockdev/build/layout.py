@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An image layout directory as a depot of images (blockdev/build/depot.py).
+
+Every file appears whole or not at all, and `index.json` last. Writers of one directory take
+turns at its index, so none loses what another one has just tagged.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from blockdev.build.depot import Blob, Read, Tell, checked
+from blockdev.errors import CorruptImage, NotFound, from_os
+from blockdev.registry.client import Document
+from blockdev.replacement import replacing
+from blockdev.staging import copy_content
+from formats import layout, oci
+from formats.errors import FormatError
+
+_MARKER = b'{"imageLayoutVersion":"1.0.0"}'
+
+
+class Layout:
+    """A depot. Without a tag, it reads the only image and writes `latest`."""
+
+    def __init__(self, folder: Path, tag: str | None) -> None:
+        self.name = f"oci:{folder}"
+        self.place = f"{self.name}:{tag or 'latest'}"
+        self.folder = folder
+        self._tag = tag
+
+    @classmethod
+    def parse(cls, place: str) -> Layout:
+        """DIR[:TAG]. What follows the last colon is no tag where the whole is a directory, or it has a slash in it."""
+        folder, colon, tag = place.rpartition(":")
+        if not colon or not folder or "/" in tag or Path(place).is_dir():
+            return cls(Path(place), None)
+        return cls(Path(folder), tag)
+
+    def document(self, identifier: str) -> Document:
+        """As Depot.document()."""
+        try:
+            layout.check_marker(self._read(layout.MARKER))
+            descriptor = self._find(identifier)
+            body = self._read(layout.blob_path(descriptor.digest))
+            if not oci.matches(descriptor.digest, body):
+                raise FormatError(f"{descriptor.digest}: its content has another digest")
+        except FormatError as error:
+            raise CorruptImage(f"reading an image layout failed: {self.folder}: {error}") from None
+        return Document(descriptor.media_type, descriptor.digest, body)
+
+    @contextmanager
+    def opened(self, blob: oci.Descriptor) -> Iterator[Read]:
+        """As Depot.opened()."""
+        path = self._path(blob.digest)
+        try:
+            file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise from_os("read image layout", error, str(path)) from None
+        with file:
+            yield checked(lambda length: file.read(length) or b"", blob, str(path))
+
+    def put_blob(self, blob: Blob, tell: Tell, others: tuple[str, ...] = ()) -> bool:
+        """As Depot.put_blob()."""
+        path = self._path(blob.digest)
+        try:
+            if path.exists() and path.stat().st_size == blob.size:
+                return False
+            self._prepare(path)
+            with replacing(path) as fd:
+                copy_content(blob.fd, fd, blob.size)
+        except OSError as error:
+            raise from_os("write image layout", error, str(path)) from error
+        tell(blob.size)
+        return True
+
+    def put_document(self, document: Document) -> None:
+        """As Depot.put_document()."""
+        path = self._path(document.digest)
+        try:
+            self._prepare(path)
+            with replacing(path) as fd, open(os.dup(fd), "wb") as file:
+                file.write(document.body)
+        except OSError as error:
+            raise from_os("write image layout", error, str(path)) from error
+
+    def tag(self, document: Document) -> None:
+        """As Depot.tag()."""
+        name = {layout.REF_NAME: self._tag or "latest"}
+        self._enter(document, oci.Descriptor(document.media_type, document.digest, len(document.body), name))
+
+    def refer(self, subject: str, document: Document, referrer: oci.Descriptor) -> None:
+        """As Depot.refer(): a layout has its referrers in the index, without a name."""
+        self._enter(document, referrer)
+
+    # ---- files ----------------------------------------------------------------------------
+
+    def _find(self, identifier: str) -> oci.Descriptor:
+        if ":" in identifier:
+            size = self._path(identifier).stat().st_size if self._path(identifier).exists() else 0
+            return oci.Descriptor("", identifier, size)
+        index = layout.parse_index(self._read(layout.INDEX))
+        try:
+            return layout.choose_tag(index, identifier or self._tag)
+        except FormatError as error:
+            raise NotFound(f"opening the image failed: {self.name}: {error}") from None
+
+    def _enter(self, document: Document, entry: oci.Descriptor) -> None:
+        """Bring a document, and put its entry into the index, in place of one with the same name and digest or tag."""
+        self.put_document(document)
+        try:
+            with self._turn():
+                try:
+                    index = layout.parse_index(self._read(layout.INDEX))
+                except NotFound:
+                    index = oci.Index(())
+                except FormatError as error:
+                    raise CorruptImage(f"reading an image layout failed: {self.folder}: {error}") from None
+                kept = [known for known in index.manifests if not _replaces(entry, known)]
+                body = replace(index, manifests=(*kept, entry)).build()
+                with replacing(self.folder / layout.INDEX) as fd, open(os.dup(fd), "wb") as file:
+                    file.write(body)
+        except OSError as error:
+            raise from_os("write image layout", error, str(self.folder)) from error
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def _prepare(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        marker = self.folder / layout.MARKER
+        if not marker.exists():
+            with replacing(marker) as fd:
+                os.write(fd, _MARKER)
+
+    def _path(self, digest: str) -> Path:
+        return self.folder / layout.blob_path(digest)
+
+    def _read(self, name: str) -> bytes:
+        path = self.folder / name
+        try:
+            with path.open("rb") as file:
+                return file.read(oci.DOCUMENT_SIZE_MAX + 1)
+        except OSError as error:
+            raise from_os("read image layout", error, str(path)) from None
+
+
+def _replaces(entry: oci.Descriptor, known: oci.Descriptor) -> bool:
+    names = entry.annotations.get(layout.REF_NAME), known.annotations.get(layout.REF_NAME)
+    return names[0] == names[1] and (names[0] is not None or entry.digest == known.digest)
