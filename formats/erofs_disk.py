@@ -29,9 +29,10 @@ ROOT_NID_MAX = 0xFFFF
 
 HAS_CHECKSUM = 1 << 0  # feature_compat
 HAS_MTIME = 1 << 1  # inodes carry the time of modification
-CHUNKED = 1 << 2  # feature_incompat
+_KNOWN_INCOMPAT = 0x3F  # chunks, devices, and what matters to compressed files alone
 
 FLAT_PLAIN = 0  # layouts of an inode's content
+COMPRESSED = (1, 3)
 FLAT_INLINE = 2
 CHUNKS = 4
 
@@ -42,6 +43,8 @@ XATTR_VALUE_MAX = 0xFFFF
 XATTR_HEADER_SIZE = 12
 XATTR_UNIT = 4
 SHARED_MAX = 255  # of one inode
+_SIZE_MAX = (1 << 63) - 1  # bytes of a file
+_BLOCK_BITS = range(9, 17)
 _XATTR_AREA_MAX = XATTR_HEADER_SIZE + (0xFFFF - 1) * XATTR_UNIT
 _MAJOR_MAX = (1 << 12) - 1
 _MINOR_MAX = (1 << 20) - 1
@@ -50,6 +53,7 @@ _SECOND = 1_000_000_000  # nanoseconds
 
 _SUPERBLOCK = struct.Struct("<IIIBBHQQIIII16s16sIHHHBBIQ24x")
 _INODE = struct.Struct("<HHHxxQIIIIqII16x")
+_COMPACT = struct.Struct("<HHHHIIIIHH4x")
 _DIRENT = struct.Struct("<QHBx")
 _XATTR_HEADER = struct.Struct("<IB7x")
 _XATTR = struct.Struct("<BBH")
@@ -107,8 +111,80 @@ class Superblock:
         block[SUPERBLOCK_OFFSET + 4 : SUPERBLOCK_OFFSET + 8] = checksum.to_bytes(4, "little")
         return bytes(block)
 
+    @classmethod
+    def parse(cls, superblock: bytes) -> Superblock:
+        """SUPERBLOCK_SIZE bytes; its checksum is the caller's to look at."""
+        magic, _, compat, bits, _, root_nid, *numbers, uuid, _, incompat = _SUPERBLOCK.unpack(superblock)[:15]
+        inodes, epoch, epoch_ns, blocks, meta_block, xattr_block = numbers
+        if magic != MAGIC:
+            raise FormatError("no EROFS magic", SUPERBLOCK_OFFSET)
+        if bits not in _BLOCK_BITS:
+            raise FormatError(f"blocks of 2^{bits} bytes", SUPERBLOCK_OFFSET + 12)
+        if incompat & ~_KNOWN_INCOMPAT:
+            raise FormatError(f"EROFS features {incompat:#x}: at most {_KNOWN_INCOMPAT:#x} known", 1104)
+        addresses = (root_nid, inodes, blocks, meta_block, xattr_block)
+        return cls(*addresses, uuid, bits, compat, incompat, epoch, epoch_ns)
+
+
+def superblock_checksum(content: bytes) -> int:
+    """Of what it covers: the bytes from SUPERBLOCK_OFFSET to the end of that block."""
+    return crc32c(0xFFFFFFFF, content[:4] + bytes(4) + content[8:])
+
 
 # ---- inodes ----
+
+
+@dataclass(frozen=True, slots=True)
+class Inode:
+    """An inode as it was found. Sizes and positions in bytes."""
+
+    nid: int
+    position: int  # of it on the disk
+    size_on_disk: int
+    xattr_size: int  # of what follows it
+    layout: int
+    word: int  # what goes with the layout, or with the type
+    mode: int
+    uid: int
+    gid: int
+    mtime_ns: int
+    links: int
+    size: int  # of its content
+
+    @property
+    def kind(self) -> int:
+        """As stat.S_IFMT() has it."""
+        return stat.S_IFMT(self.mode)
+
+    @property
+    def device(self) -> tuple[int, int]:
+        """Major and minor; zeros if it is no device."""
+        return decoded_device(self.word) if self.kind in (stat.S_IFCHR, stat.S_IFBLK) else (0, 0)
+
+    @property
+    def behind(self) -> int:
+        """Where what follows inode and attributes is."""
+        return self.position + self.size_on_disk + self.xattr_size
+
+
+def inode_size(start: bytes) -> int:
+    """How long an inode is that starts with these bytes."""
+    return INODE_SIZE if start[0] & 1 else COMPACT_INODE_SIZE
+
+
+def parse_inode(raw: bytes, nid: int, position: int, superblock: Superblock) -> Inode:
+    """An inode of inode_size() bytes, of either form."""
+    if len(raw) == INODE_SIZE:
+        form, count, mode, size, word, _, uid, gid, seconds, nanoseconds, links = _INODE.unpack(raw)
+    else:
+        form, count, mode, links, size, seconds, word, _, uid, gid = _COMPACT.unpack(raw)
+        seconds, nanoseconds = seconds + superblock.epoch, superblock.epoch_ns
+    layout = form >> 1
+    if layout > CHUNKS or stat.S_IFMT(mode) not in FILE_TYPES or size > _SIZE_MAX or nanoseconds >= _SECOND:
+        raise FormatError(f"inode {nid}: format {form:#x}, mode {mode:o}, size {size}, {nanoseconds} ns", position)
+    xattr_size = XATTR_HEADER_SIZE + (count - 1) * XATTR_UNIT if count else 0
+    time = seconds * _SECOND + nanoseconds
+    return Inode(nid, position, len(raw), xattr_size, layout, word, mode, uid, gid, time, links, size)
 
 
 def encoded_device(device: tuple[int, int]) -> int:
@@ -207,6 +283,26 @@ def _directory_block(entries: list[tuple[bytes, int, int]]) -> bytes:
     return bytes(block) + b"".join(name for name, _, _ in entries)
 
 
+def parse_directory_block(block: bytes) -> list[tuple[bytes, int, int]]:
+    """The entries of one block, cut at the directory's end: (name, nid, type)."""
+    count = _DIRENT.unpack_from(block)[1] // DIRENT_SIZE if len(block) >= DIRENT_SIZE else 0
+    if not 0 < count * DIRENT_SIZE < len(block):
+        raise FormatError("a block without entries")
+    records = list(_DIRENT.iter_unpack(block[: count * DIRENT_SIZE]))
+    places = [place for _, place, _ in records]
+    last_end = block.find(b"\0", places[-1])
+    ends = [*places[1:], len(block) if last_end < 0 else last_end]
+    if places[0] != count * DIRENT_SIZE:
+        raise FormatError(f"names from byte {places[0]} after {count} entries")
+    entries: list[tuple[bytes, int, int]] = []
+    for (nid, place, kind), end in zip(records, ends, strict=True):
+        name = block[place:end] if place < end else b""
+        if not 0 < len(name) <= NAME_MAX or b"/" in name or b"\0" in name:
+            raise FormatError(f"entry {len(entries)} of a block: {name!r:.80} is no name")
+        entries.append((name, nid, kind))
+    return entries
+
+
 # ---- extended attributes ----
 
 
@@ -251,3 +347,32 @@ def xattr_area(xattrs: Xattrs, shared: dict[tuple[bytes, bytes], int]) -> bytes:
 def xattr_count(area_size: int) -> int:
     """How an inode says how large its area is."""
     return (area_size - XATTR_HEADER_SIZE) // XATTR_UNIT + 1 if area_size else 0
+
+
+def parse_xattr_header(area: bytes) -> tuple[list[int], int]:
+    """The numbers of the shared entries, and where the others start."""
+    count = _XATTR_HEADER.unpack_from(area)[1]
+    end = XATTR_HEADER_SIZE + count * XATTR_UNIT
+    if end > len(area):
+        raise FormatError(f"{count} shared attributes of an inode with {len(area)} bytes of them")
+    return [number for (number,) in struct.iter_unpack("<I", area[XATTR_HEADER_SIZE:end])], end
+
+
+def xattr_lengths(start: bytes) -> tuple[int, int, int]:
+    """What an entry's first XATTR_UNIT bytes say: lengths of name and value after them, and the prefix."""
+    name, index, value = _XATTR.unpack(start)
+    return name, value, index
+
+
+def parse_xattrs(area: bytes, at: int) -> list[tuple[bytes, bytes]]:
+    """The entries of an area from `at` to its end."""
+    found: list[tuple[bytes, bytes]] = []
+    while at < len(area):
+        name, value, index = xattr_lengths(area[at : at + XATTR_UNIT])
+        at += XATTR_UNIT
+        if at + name + value > len(area):
+            raise FormatError(f"extended attribute of {name} and {value} bytes")
+        found.append((xattr_name(index, area[at : at + name]), area[at + name : at + name + value]))
+        at += name + value
+        at += -at % XATTR_UNIT
+    return found

@@ -18,6 +18,7 @@ from random import Random
 from typing import Any
 
 from formats.erofs import Metadata
+from formats.erofs_reader import FileSystem
 from formats.tree import BLOCK_SIZE, Node
 
 SECOND = 1_000_000_000
@@ -194,6 +195,25 @@ def listing(root: Node, contents: Mapping[Node, bytes] | None = None) -> Listing
         found[path] = {**facts_of(node, content), "same": seen.setdefault(node, path)}
         children = sorted((node.children or {}).items(), reverse=True)
         stack += [(path + b"/" + name, child) for name, child in children]
+    return found
+
+
+def shown(files: FileSystem) -> Listing:
+    """What the reader says of a disk, each path looked up by its name."""
+    found: Listing = {}
+    seen: dict[int, bytes] = {}
+    paths = [b""]
+    while paths:
+        path = paths.pop()
+        inode = files.lookup(path, follow=False)
+        assert inode is not None, path
+        content = b"".join(files.content(inode)) if inode.kind == stat.S_IFREG else None
+        target = files.readlink(inode) if inode.kind == stat.S_IFLNK else b""
+        node = Node(inode.mode, inode.uid, inode.gid, inode.mtime_ns, inode.links, files.xattrs(inode), inode.size)
+        node.target, node.device = target, inode.device
+        found[path] = {**facts_of(node, content), "same": seen.setdefault(inode.nid, path)}
+        if inode.kind == stat.S_IFDIR:
+            paths += reversed([path + b"/" + name for name, _, _ in files.entries(inode)])
     return found
 
 
