@@ -2,9 +2,10 @@
  * http.c: a fetch filled by one ranged GET, on libcurl.
  *
  * Only the plain case lives here. Any other answer than the range is for the caller to
- * understand: he is told the status. Each thread keeps its connections. But not its handle:
- * libcurl before 8.1 writes to a freed header when an answer on a used handle starts with
- * a folded line. A new one costs a microsecond.
+ * understand: he is told the status. Each thread keeps its connections, in a multi handle
+ * (curl_easy_perform() makes one for each new handle, with two sockets to wake it). But not
+ * its easy handle: libcurl before 8.1 writes to a freed header when an answer on a used
+ * handle starts with a folded line. A new one costs a microsecond.
  */
 #include <curl/curl.h>
 #include <errno.h>
@@ -17,16 +18,17 @@
 #include "status.h"
 
 static const long RECEIVE_SIZE = 128 * 1024;    /* two extents: fewer turns of curl's loop, still in a core's own cache */
+static const int PROGRESS_MS = 1000;            /* between two calls of on_progress() at most */
 static const uint64_t HEADERS_MAX = 64 * 1024;  /* of one answer; registries send 1 KiB */
 
 static _Thread_local CURL *handle;            /* of the transfer under way */
-static _Thread_local CURLSH *connections;     /* this thread's */
+static _Thread_local CURLM *connections;      /* this thread's */
 static pthread_key_t connections_key;         /* the same; closes them when the thread ends */
 static int connections_error;
 
 static void connections_close(void *kept)
 {
-	curl_share_cleanup(kept);
+	curl_multi_cleanup(kept);
 }
 
 static void connections_prepare(void)
@@ -39,7 +41,7 @@ void http_disconnect(void)
 	if (!connections)
 		return;
 	pthread_setspecific(connections_key, NULL);
-	curl_share_cleanup(connections);
+	curl_multi_cleanup(connections);
 	connections = NULL;
 }
 
@@ -51,12 +53,9 @@ static int connections_open(void)
 	if (connections)
 		return 0;
 	pthread_once(&once, connections_prepare);
-	connections = connections_error ? NULL : curl_share_init();
-	if (!connections || curl_share_setopt(connections, CURLSHOPT_SHARE, CURL_LOCK_DATA_CONNECT)
-	    || curl_share_setopt(connections, CURLSHOPT_SHARE, CURL_LOCK_DATA_SSL_SESSION)
-	    || curl_share_setopt(connections, CURLSHOPT_SHARE, CURL_LOCK_DATA_DNS)
-	    || pthread_setspecific(connections_key, connections)) {
-		curl_share_cleanup(connections);
+	connections = connections_error ? NULL : curl_multi_init();
+	if (!connections || pthread_setspecific(connections_key, connections)) {
+		curl_multi_cleanup(connections);
 		connections = NULL;
 		return -ENOMEM;
 	}
@@ -119,7 +118,7 @@ static size_t on_body(char *bytes, size_t unit, size_t count, void *argument)
 	return length;
 }
 
-/* Called by curl at least once a second. */
+/* Called by curl at least every PROGRESS_MS. */
 static int on_progress(void *argument, curl_off_t total, curl_off_t now, curl_off_t up_total, curl_off_t up)
 {
 	struct transfer *transfer = argument;
@@ -139,7 +138,7 @@ static int on_progress(void *argument, curl_off_t total, curl_off_t now, curl_of
 static int handle_open(void)
 {
 	handle = connections_open() ? NULL : curl_easy_init();
-	if (!handle || curl_easy_setopt(handle, CURLOPT_SHARE, connections))
+	if (!handle)
 		return -ENOMEM;
 	curl_easy_setopt(handle, CURLOPT_NOSIGNAL, 1L);
 	curl_easy_setopt(handle, CURLOPT_QUICK_EXIT, 1L);
@@ -157,6 +156,25 @@ static int handle_open(void)
 	curl_easy_setopt(handle, CURLOPT_XFERINFOFUNCTION, on_progress);
 	curl_easy_setopt(handle, CURLOPT_NOPROGRESS, 0L);
 	return 0;
+}
+
+static CURLcode transfer_drive(void)
+{
+	CURLcode code = CURLE_OUT_OF_MEMORY;
+	CURLMsg *message;
+	int running = 1, left;
+
+	if (curl_multi_add_handle(connections, handle))
+		return code;
+	while (running && !curl_multi_perform(connections, &running)) {
+		if (running && curl_multi_poll(connections, NULL, 0, PROGRESS_MS, NULL))
+			break;
+	}
+	message = curl_multi_info_read(connections, &left);
+	if (message)
+		code = message->data.result;
+	curl_multi_remove_handle(connections, handle);
+	return code;
 }
 
 static CURLcode transfer_run(struct transfer *transfer, const ob_http_target *target, int64_t timeout_ns)
@@ -184,7 +202,7 @@ static CURLcode transfer_run(struct transfer *transfer, const ob_http_target *ta
 	    curl_easy_setopt(handle, CURLOPT_CAPATH, target->ca_path) || curl_easy_setopt(handle, CURLOPT_PROXY, target->proxy) ||
 	    curl_easy_setopt(handle, CURLOPT_RANGE, range) || curl_easy_setopt(handle, CURLOPT_URL, target->url))
 		return CURLE_OUT_OF_MEMORY;
-	return curl_easy_perform(handle);
+	return transfer_drive();
 }
 
 /* In the words of blockdev/registry/exchange.py. */
