@@ -19,6 +19,7 @@ import construct as c
 
 from formats import tar
 from formats.errors import FormatError
+from formats.tarheader import BLOCK
 
 UNIT = 256 << 10  # bytes a digest stands for: four extents of the cache, and one request of a random reader
 MEMBER = b"dev.ociblk.digests"
@@ -60,7 +61,7 @@ class Place:
     @property
     def offset(self) -> int:
         """Where the table starts in the blob."""
-        return self.covered + tar.BLOCK
+        return self.covered + BLOCK
 
     @property
     def length(self) -> int:
@@ -92,7 +93,7 @@ class Place:
 
     def check(self) -> None:
         """FormatError if no blob has such a table."""
-        if not 0 < self.covered <= COVERED_MAX or self.covered % tar.BLOCK:
+        if not 0 < self.covered <= COVERED_MAX or self.covered % BLOCK:
             raise FormatError(f"digest table of {self.covered} bytes: want whole tar blocks, at most {COVERED_MAX}")
         if not _SHA256.fullmatch(self.digest):
             raise FormatError(f"digest table: {self.digest!r:.80} is no sha256")

@@ -13,22 +13,28 @@ import construct as c
 
 from formats.errors import FormatError
 from formats.readat import ReadAt, check_range
+from formats.tarheader import (
+    BLOCK,
+    EXTENSION_COUNT,
+    EXTENSION_LIMIT,
+    GNU_MAGIC,
+    LONG_LINK,
+    LONG_NAME,
+    PAX,
+    PAX_GLOBAL,
+    POSIX_MAGIC,
+    checksum_fits,
+    natural,
+    pax_number,
+    pax_records,
+    rounded,
+    text_of,
+)
 
-BLOCK = 512
 WRAP_HEAD_SIZE = 3 * BLOCK
 
-_EXTENSION_LIMIT = 1 << 20  # of one pax or long-name body: real ones are a few hundred bytes
-_EXTENSION_COUNT = 16  # headers before the member; writers use at most three
-_SIZE_DIGITS = 19  # decimal digits of the largest 63-bit size
-_OCTAL = frozenset(b"01234567")
-
-_POSIX = b"ustar"
-_GNU_MAGIC = b"ustar  \0"
-_PAX = b"x"
-_PAX_GLOBAL = b"g"
-_LONG_NAME = b"L"
-_LONG_LINK = b"K"
 _REGULAR = (b"0", b"\0", b"7")
+_EXTENSIONS = (PAX, PAX_GLOBAL, LONG_NAME, LONG_LINK)
 
 _HEADER = c.Struct(
     "name" / c.Bytes(100),
@@ -48,7 +54,6 @@ _HEADER = c.Struct(
     "prefix" / c.Bytes(155),
     c.Padding(12),
 )
-_CHECKSUM_AT = slice(148, 156)
 
 
 @dataclass(frozen=True)
@@ -70,89 +75,42 @@ def find_payload(r: ReadAt) -> Payload | None:
     position = 0
     name: str | None = None
     size = 0
-    for _ in range(_EXTENSION_COUNT + 1):
+    for _ in range(EXTENSION_COUNT + 1):
         header = _HEADER.parse(block)
         body = position + BLOCK
         if header.typeflag in _REGULAR:
-            length = size or _number(header.size, position + 124)
+            length = size or natural(header.size, position + 124)
             check_range(body, length, r.size)
             return Payload(body, length, name or _header_name(header))
-        if header.typeflag not in (_PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK):
+        if header.typeflag not in _EXTENSIONS:
             raise FormatError("the first member of the tar is not a regular file", position + 156)
-        length = _number(header.size, position + 124)
-        if length > _EXTENSION_LIMIT:
+        length = natural(header.size, position + 124)
+        if length > EXTENSION_LIMIT:
             raise FormatError(f"tar extension header of {length} bytes", position)
         extension = r.read_at(body, length)
-        if header.typeflag == _PAX:
-            records = _pax_records(extension, body)
-            size = _pax_size(records, body) or size
+        if header.typeflag == PAX:
+            records = dict(pax_records(extension, body))
+            size = pax_number(b"size", records.get(b"size", b"0"), body) or size
             name = _text(records[b"path"]) if b"path" in records else name
-        elif header.typeflag == _LONG_NAME:
-            name = _text(extension.split(b"\0", 1)[0])
-        position = body + _rounded(length)
+        elif header.typeflag == LONG_NAME:
+            name = _text(text_of(extension))
+        position = body + rounded(length)
         block = r.read_at(position, BLOCK)
         if not _is_header(block):
             raise FormatError("tar header is damaged", position)
-    raise FormatError(f"more than {_EXTENSION_COUNT} tar extension headers", position)
+    raise FormatError(f"more than {EXTENSION_COUNT} tar extension headers", position)
 
 
 def _is_header(block: bytes) -> bool:
     magic = block[257:265]
-    if magic != _GNU_MAGIC and not (magic[:5] == _POSIX and magic[6:] == b"00"):
+    if magic != GNU_MAGIC and not (magic[:5] == POSIX_MAGIC and magic[6:] == b"00"):
         return False
-    try:
-        stored = _number(block[_CHECKSUM_AT], 148)
-    except FormatError:
-        return False
-    return stored in _checksums(block)
-
-
-def _checksums(block: bytes) -> tuple[int, int]:
-    """Byte sums with the checksum field as blanks: unsigned, and signed as some old writers count."""
-    blanked = block[:148] + b" " * 8 + block[156:]
-    unsigned = sum(blanked)
-    return unsigned, unsigned - 256 * sum(byte >= 128 for byte in blanked)
-
-
-def _number(field: bytes, offset: int) -> int:
-    """Octal with blanks and NULs around it, or GNU's big-endian binary with the top bit set."""
-    if field[0] & 0x80:
-        value = int.from_bytes(field, "big") & ~(0x80 << 8 * (len(field) - 1))
-        if field[0] & 0x40 or value >> 63:
-            raise FormatError("impossible number in a tar header", offset)
-        return value
-    digits = field.split(b"\0", 1)[0].strip(b" ")
-    if not _OCTAL.issuperset(digits):
-        raise FormatError("bad octal number in a tar header", offset)
-    return int(digits or b"0", 8)
-
-
-def _pax_records(body: bytes, offset: int) -> dict[bytes, bytes]:
-    """Records `<length> <key>=<value>\\n`; the length counts the whole record."""
-    records: dict[bytes, bytes] = {}
-    at = 0
-    while at < len(body):
-        digits, _, _ = body[at : at + _SIZE_DIGITS].partition(b" ")
-        start = at + len(digits) + 1
-        end = at + int(digits) if digits.isdigit() else 0
-        key, equals, value = body[start : end - 1].partition(b"=")
-        if not start < end <= len(body) or body[end - 1] != ord("\n") or not equals:
-            raise FormatError("bad pax record", offset + at)
-        records[key] = value
-        at = end
-    return records
-
-
-def _pax_size(records: dict[bytes, bytes], offset: int) -> int:
-    value = records.get(b"size", b"0")
-    if not value.isdigit() or len(value) > _SIZE_DIGITS:
-        raise FormatError("bad size in a pax record", offset)
-    return int(value)
+    return checksum_fits(block)
 
 
 def _header_name(header: c.Container) -> str:
-    name = _text(header.name.split(b"\0", 1)[0])
-    prefix = _text(header.prefix.split(b"\0", 1)[0]) if header.magic != _GNU_MAGIC else ""
+    name = _text(text_of(header.name))
+    prefix = _text(text_of(header.prefix)) if header.magic != GNU_MAGIC else ""
     return f"{prefix}/{name}" if prefix else name
 
 
@@ -160,16 +118,12 @@ def _text(raw: bytes) -> str:
     return raw.decode("utf-8", "replace")
 
 
-def _rounded(length: int) -> int:
-    return -(-length // BLOCK) * BLOCK
-
-
 def wrap_head(payload_size: int) -> bytes:
     """The WRAP_HEAD_SIZE bytes overlaybd-commit puts before a payload, byte exact."""
     if not 0 <= payload_size < 1 << 63:
         raise FormatError(f"impossible payload size {payload_size}")
     record = _size_record(payload_size)
-    pax = _header_block(name=b"overlaybd.pax", size=_padded_octal(len(record)), typeflag=_PAX)
+    pax = _header_block(name=b"overlaybd.pax", size=_padded_octal(len(record)), typeflag=PAX)
     member = _header_block(
         name=b"overlaybd.commit",
         mode=b"100644 \0",
@@ -186,7 +140,7 @@ def wrap_head(payload_size: int) -> bytes:
 
 def padding(size: int) -> bytes:
     """Zeros that follow a body of `size` bytes, up to a block."""
-    return bytes(_rounded(size) - size)
+    return bytes(rounded(size) - size)
 
 
 END = bytes(2 * BLOCK)  # of an archive

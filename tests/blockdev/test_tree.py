@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers add up to the tree that unpacking them would make, attribute by attribute."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from blockdev.build.plain import plain
+from blockdev.build.tree import Tree
+from blockdev.errors import CorruptImage
+from formats.archive import Archive
+from formats.tree import Node
+from tests.requires import requires_command, requires_fixtures, requires_root
+from tests.tars import (
+    END,
+    Contents,
+    described,
+    file,
+    folder,
+    hardlink,
+    header,
+    merged,
+    names,
+    paths,
+    pax,
+    reader,
+    scanned,
+    symlink,
+)
+
+
+def at(tree: Tree, path: bytes) -> Node:
+    return dict(paths(tree.root))[path]
+
+
+def refused(*layers: bytes, why: str) -> None:
+    with pytest.raises(CorruptImage, match=f"cannot unpack the layer: layer {len(layers) - 1}: .*{why}"):
+        merged(*layers)
+
+
+# ---- one layer ----
+
+
+def test_attributes_come_over_exactly() -> None:
+    records = {
+        b"mtime": b"-1.000000001",
+        b"uid": b"4294967294",
+        b"SCHILY.xattr.security.capability": b"\1\0\0\2\0\xff",
+        b"SCHILY.xattr.system.posix_acl_access": b"\2\0\0\0",
+        b"SCHILY.xattr.user.empty": b"",
+        b"SCHILY.xattr.com.apple.provenance": b"no namespace of Linux",
+    }
+    tree = merged(pax(records) + file(b"f", b"xyz", mode=0o6751, gid=5) + header(b"c", b"3", major=4095, minor=0xFFFFF))
+    node = at(tree, b"f")
+    assert (node.mode, node.uid, node.gid, node.mtime_ns) == (stat.S_IFREG | 0o6751, 4294967294, 5, -1_000_000_001)
+    assert (node.size, node.links) == (3, 1)
+    assert node.xattrs == (
+        (b"security.capability", b"\1\0\0\2\0\xff"),
+        (b"system.posix_acl_access", b"\2\0\0\0"),
+        (b"user.empty", b""),
+    )
+    assert (at(tree, b"c").mode, at(tree, b"c").device) == (stat.S_IFCHR | 0o644, (4095, 0xFFFFF))
+
+
+def test_equal_xattrs_are_one_object() -> None:
+    one = pax({b"SCHILY.xattr.user.x": b"same"})
+    tree = merged(one + file(b"a") + one + file(b"b"))
+    assert at(tree, b"a").xattrs is at(tree, b"b").xattrs
+
+
+def test_paths_are_what_they_lead_to() -> None:
+    tar = folder(b"./") + file(b"/abs") + file(b"./dot") + folder(b"d//e/") + file(b"d/./e/../f") + file(b"a/b/../../g")
+    assert names(merged(tar)) == [b"abs", b"d", b"d/e", b"d/f", b"dot", b"g"]
+
+
+def test_the_root_has_an_entry() -> None:
+    tree = merged(folder(b"./", mode=0o700, uid=5, mtime=9))
+    assert (tree.root.mode, tree.root.uid, tree.root.mtime_ns) == (stat.S_IFDIR | 0o700, 5, 9 * 10**9)
+    for name in (b".", b"/", b"./", b"", b"x/.."):
+        refused(symlink(name, b"/etc"), why="the root would become")
+
+
+def test_missing_parents_are_made() -> None:
+    tree = merged(file(b"a/b/c/f") + folder(b"a/b", mode=0o700))
+    assert [oct(stat.S_IMODE(at(tree, path).mode)) for path in (b"a", b"a/b", b"a/b/c")] == ["0o755", "0o700", "0o755"]
+    assert [node.links for _, node in paths(tree.root)] == [3, 3, 2, 1]
+    assert tree.root.links == 3
+
+
+def test_the_last_entry_of_a_name_wins() -> None:
+    contents = Contents()
+    files = file(b"x", b"one", uid=1) + file(b"x", b"three", uid=2) + symlink(b"y", b"t") + file(b"y", b"yy")
+    folders = folder(b"z") + file(b"z/f") + symlink(b"z", b"gone") + folder(b"w") + file(b"w")
+    tree = merged(files + folders, contents=contents)
+    assert names(tree) == [b"w", b"x", b"y", b"z"]
+    found = described(at(tree, b"x"), contents)
+    assert (found.owner, found.content) == ((2, 0), hashlib.sha256(b"three").hexdigest())
+    types = [stat.S_IFMT(node.mode) for _, node in paths(tree.root)]
+    assert types == [stat.S_IFREG, stat.S_IFREG, stat.S_IFREG, stat.S_IFLNK]
+    assert tree.root.links == 2
+
+
+def test_a_directory_over_a_directory_keeps_its_children_only() -> None:
+    old = pax({b"SCHILY.xattr.user.old": b"x"}) + folder(b"d", mode=0o700, uid=3) + file(b"d/f")
+    tree = merged(old, folder(b"d", mode=0o755, gid=4, mtime=2))
+    assert names(tree) == [b"d", b"d/f"]
+    node = at(tree, b"d")
+    assert (node.mode & 0o7777, node.uid, node.gid, node.mtime_ns, node.xattrs) == (0o755, 0, 4, 2 * 10**9, ())
+
+
+def test_hard_links_are_one_node() -> None:
+    files = file(b"a", b"x", uid=1) + hardlink(b"d/b", b"./a", uid=9) + hardlink(b"c", b"/d/b")
+    tree = merged(files + symlink(b"s", b"t") + hardlink(b"u", b"s"))
+    assert at(tree, b"a") is at(tree, b"d/b") is at(tree, b"c")
+    assert (at(tree, b"a").links, at(tree, b"a").uid) == (3, 1)
+    assert at(tree, b"u") is at(tree, b"s")
+    assert (at(tree, b"s").links, at(tree, b"s").target) == (2, b"t")
+
+
+def test_links_are_counted_when_names_go() -> None:
+    lower = file(b"a", b"x") + hardlink(b"d/b", b"a") + hardlink(b"d/e/c", b"a") + hardlink(b"z", b"a")
+    assert at(merged(lower, file(b".wh.d")), b"a").links == 2
+    assert at(merged(lower, file(b"z", b"new")), b"a").links == 3
+    assert at(merged(lower, hardlink(b"z", b"a")), b"a").links == 4
+    assert at(merged(lower, hardlink(b"d", b"d/e/c")), b"a").links == 3
+    assert at(merged(lower, hardlink(b"a", b"a")), b"a").links == 4
+
+
+def test_a_link_made_before_its_source_is_replaced_keeps_the_old_file() -> None:
+    tree = merged(file(b"a", b"old"), hardlink(b"b", b"a") + file(b"a", b"newer"))
+    assert (at(tree, b"b").size, at(tree, b"b").links, at(tree, b"a").size, at(tree, b"a").links) == (3, 1, 5, 1)
+
+
+def test_links_lead_through_the_trees_own_symlinks() -> None:
+    """An absolute target starts at the tree's root, and `..` stays there: as in a chroot."""
+    links = symlink(b"bin", b"usr/bin") + symlink(b"abs", b"/usr/bin") + symlink(b"up", b"../../usr")
+    upper = file(b"bin/a") + file(b"abs/b") + file(b"up/bin/c") + hardlink(b"up/d", b"abs/b")
+    tree = merged(folder(b"usr/bin") + links, upper)
+    below = [b"usr/bin", b"usr/bin/a", b"usr/bin/b", b"usr/bin/c", b"usr/d"]
+    assert names(tree) == [b"abs", b"bin", b"up", b"usr", *below]
+    assert at(tree, b"usr/d") is at(tree, b"usr/bin/b")
+
+
+def test_a_dangling_link_on_the_way_leads_to_new_directories() -> None:
+    tree = merged(symlink(b"l", b"not/here/../there") + file(b"l/f"))
+    assert names(tree) == [b"l", b"not", b"not/there", b"not/there/f"]
+
+
+def test_an_entry_replaces_a_link_and_does_not_follow_it() -> None:
+    tree = merged(folder(b"d") + symlink(b"l", b"d") + folder(b"l") + file(b"l/f"))
+    assert names(tree) == [b"d", b"l", b"l/f"]
+
+
+def test_a_replaced_link_leads_nowhere_any_more() -> None:
+    links = folder(b"d") + symlink(b"l", b"d") + file(b"l/1") + symlink(b"l", b"e") + file(b"l/2")
+    tree = merged(links + folder(b"l") + file(b"l/3"))
+    assert names(tree) == [b"d", b"d/1", b"e", b"e/2", b"l", b"l/3"]
+
+
+# ---- whiteouts ----
+
+LOWER = folder(b"d", uid=7) + file(b"d/f") + file(b"d/g") + folder(b"d/s") + file(b"d/s/x") + file(b"other")
+ALL = [b"d", b"d/f", b"d/g", b"d/s", b"d/s/x", b"other"]
+
+
+@pytest.mark.parametrize(
+    ("upper", "left"),
+    [
+        (file(b"d/.wh.f"), [b"d", b"d/g", b"d/s", b"d/s/x", b"other"]),
+        (file(b".wh.d"), [b"other"]),
+        (
+            file(b".wh.missing") + file(b"no/.wh.x") + file(b"d/.wh..wh.plnk"),
+            [b"d", b"d/f", b"d/g", b"d/s", b"d/s/x", b"other"],
+        ),
+        (file(b"d/.wh..wh..opq"), [b"d", b"other"]),
+        (file(b".wh..wh..opq"), []),
+        (file(b"missing/.wh..wh..opq"), ALL),
+        # What this layer has put stays, wherever in the tar the whiteout is.
+        (file(b"d/f", b"new") + file(b"d/.wh.f"), ALL),
+        (file(b"d/.wh.f") + file(b"d/f", b"new"), ALL),
+        (file(b"d/s/new") + file(b"d/.wh..wh..opq"), [b"d", b"d/s", b"d/s/new", b"other"]),
+        (file(b"d/.wh..wh..opq") + file(b"d/s/new"), [b"d", b"d/s", b"d/s/new", b"other"]),
+        (file(b"d/s/new") + file(b".wh.d"), [b"d", b"d/s", b"d/s/new", b"other"]),
+        (file(b".wh.d") + file(b"d/s/new"), [b"d", b"d/s", b"d/s/new", b"other"]),
+        (file(b"d/new") + file(b"d/.wh..wh..opq") + file(b"d/two") + file(b".wh..wh..opq"), [b"d", b"d/new", b"d/two"]),
+        (folder(b"d/s") + file(b"d/.wh.s"), [b"d", b"d/f", b"d/g", b"d/s", b"other"]),
+        (hardlink(b"d/g", b"d/g") + file(b"d/.wh..wh..opq"), [b"d", b"d/g", b"other"]),
+        # A directory that takes the place of one this layer has emptied is new again.
+        (file(b"d/.wh..wh..opq") + file(b"d") + folder(b"d") + file(b"d/n"), [b"d", b"d/n", b"other"]),
+        (
+            symlink(b"l", b"d/s") + file(b"l/.wh.x") + file(b"l/y"),
+            [b"d", b"d/f", b"d/g", b"d/s", b"d/s/y", b"l", b"other"],
+        ),
+        (folder(b"d/.wh.s"), [b"d", b"d/f", b"d/g", b"other"]),
+    ],
+)
+def test_whiteouts_act_on_lower_layers_only(upper: bytes, left: list[bytes]) -> None:
+    assert names(merged(LOWER, upper)) == left
+
+
+def test_what_an_opaque_directory_keeps_of_itself() -> None:
+    kept = merged(LOWER, file(b"d/.wh..wh..opq"))
+    assert (at(kept, b"d").uid, at(kept, b"d").links, kept.root.links) == (7, 2, 3)
+    assert at(merged(LOWER, file(b".wh.d") + file(b"d/n")), b"d").uid == 0
+
+
+def test_whiteouts_of_the_lowest_layer_hide_nothing() -> None:
+    assert names(merged(file(b"f") + file(b".wh.f") + file(b".wh..wh..opq") + file(b".wh.g") + file(b"g"))) == [
+        b"f",
+        b"g",
+    ]
+
+
+def test_a_whiteout_has_no_content() -> None:
+    contents = Contents()
+    merged(LOWER, file(b"d/.wh.f", b"content"), contents=contents)
+    assert len(contents.digests) == 1
+
+
+@pytest.mark.parametrize("name", [b".wh.", b"d/.wh..", b"d/.wh..."])
+def test_whiteouts_of_nothing_are_refused(name: bytes) -> None:
+    refused(LOWER, file(name), why="whiteout of nothing")
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("tar", "why"),
+    [
+        (file(b"../x"), "leads out of the tree"),
+        (file(b"a/../../x"), "leads out of the tree"),
+        (file(b"/../x"), "leads out of the tree"),
+        (folder(b".."), "leads out of the tree"),
+        (file(b"../.wh.x"), "leads out of the tree"),
+        (file(b"../.wh..wh..opq"), "leads out of the tree"),
+        (hardlink(b"x", b"../../etc/shadow"), "leads out of the tree"),
+        (hardlink(b"x", b"missing"), "which is not there"),
+        (hardlink(b"x", b"x"), "which is not there"),
+        (hardlink(b"x", b"no/such"), "which is not there"),
+        (hardlink(b"x", b"/"), "which is not there"),
+        (folder(b"d") + hardlink(b"x", b"d"), "a directory"),
+        (symlink(b"s", b"/etc/shadow") + hardlink(b"x", b"s/y"), "which is not there"),
+        (file(b"f") + file(b"f/below"), "f on the way is not a directory"),
+        (file(b"f") + file(b"f/.wh.x"), "f on the way is not a directory"),
+        (symlink(b"l", b"l") + file(b"l/x"), "too many symbolic links"),
+        (symlink(b"a", b"b/c") + symlink(b"b", b"a/c") + file(b"a/x"), "too many symbolic links"),
+        (symlink(b"s", b""), "impossible length"),
+        (pax({b"linkpath": b"x" * 4096}) + symlink(b"s", b""), "impossible length"),
+        (pax({b"path": b"x" * 256}) + file(b""), "name of more than 255"),
+        (pax({b"path": b"y" * 256 + b"/x"}) + file(b""), "name of more than 255"),
+        (pax({b"path": b"y/" * 3000}) + file(b""), "path of more than 4095"),
+        (pax({b"uid": b"4294967295"}) + file(b"x"), "impossible owner"),
+        (pax({b"gid": b"9223372036854775807"}) + folder(b"x"), "impossible owner"),
+        (header(b"x", b"3", major=4096), "impossible device"),
+        (header(b"x", b"4", minor=1 << 20), "impossible device"),
+        (pax({b"SCHILY.xattr.": b"x"}) + file(b"x"), "impossible extended attribute"),
+        (pax({b"SCHILY.xattr.user." + b"n" * 251: b"x"}) + file(b"x"), "impossible extended attribute"),
+        (pax({b"SCHILY.xattr.user.x": bytes(65537)}) + file(b"x"), "impossible extended attribute"),
+        (header(b"x", b"Z"), "unknown tar entry type"),
+        (file(b"ok") + header(b"x")[:-1] + b"!", "tar header is damaged .at byte 512."),
+    ],
+)
+def test_what_cannot_be_is_one_error(tar: bytes, why: str) -> None:
+    refused(file(b"lower"), tar, why=why)
+
+
+def test_an_error_names_path_and_place() -> None:
+    with pytest.raises(CorruptImage) as caught:
+        merged(file(b"ok") + file(b"a/\xff\n/../../../x"))
+    assert str(caught.value) == (
+        "cannot unpack the layer: layer 0: a/\\xff\\n/../../../x: path leads out of the tree (at byte 512)"
+    )
+
+
+# ---- judges ----
+
+
+def listed(tree: Tree, contents: Contents) -> list[str]:
+    return [_line(path, node, contents) for path, node in paths(tree.root)]
+
+
+_LETTERS = {
+    stat.S_IFREG: "f",
+    stat.S_IFDIR: "d",
+    stat.S_IFLNK: "l",
+    stat.S_IFIFO: "p",
+    stat.S_IFCHR: "c",
+    stat.S_IFBLK: "b",
+}
+
+
+def _line(path: bytes, node: Node, contents: Contents) -> str:
+    """A line as the fixtures' manifests have it."""
+    seconds, nanoseconds = divmod(node.mtime_ns, 10**9)
+    letter = _LETTERS[stat.S_IFMT(node.mode)]
+    line = f"{letter} {stat.S_IMODE(node.mode):#o} {node.uid}:{node.gid} mtime={seconds}.{nanoseconds:09}"
+    line += f" {path.decode()!r} "
+    if letter == "f":
+        line += f"size={node.size} sha256={contents.digests[node.block]} nlink={node.links}"
+    elif letter == "l":
+        line += f"-> {node.target.decode()}"
+    elif letter in "bc":
+        line += f"dev={node.device[0]},{node.device[1]}"
+    return line + (f" xattr={[(name.decode(), value.hex()) for name, value in node.xattrs]}" if node.xattrs else "")
+
+
+LOST = (
+    ("1600000000.000000000 'etc/mtime'", "1600000000.123456789 'etc/mtime'"),
+    ("0:0 mtime=1700000000.000000000 'etc/uid-big'", "3000000:4000000 mtime=1700000000.000000000 'etc/uid-big'"),
+)
+
+
+def test_the_reference_layers_give_their_manifests() -> None:
+    """All but what the reference loses: a fraction of a second, and owners beyond 2097151."""
+    home = requires_fixtures() / "04-apply-ext4"
+    tree, contents = Tree(), Contents()
+    for i in (1, 2, 3):
+        with (home / f"layer{i}.tar.zst").open("rb") as blob:
+            tree.apply(Archive(plain(blob.read)), contents)
+        text = (home / f"v64m-{i}layer.manifest.txt").read_text()
+        for lost, exact in LOST:
+            assert lost in text
+            text = text.replace(lost, exact)
+        assert sorted(listed(tree, contents)) == sorted(text.splitlines())
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one of everything."""
+    requires_root()
+    place = tmp_path_factory.mktemp("sample")
+    (place / "d" / ("n" * 200) / "e").mkdir(parents=True)
+    for i in range(30):
+        (place / "d" / f"f{i}").write_bytes(b"%d\n" % i * 7 * i)
+    (place / "d" / ("n" * 200) / "e" / ("long" * 20)).write_bytes(b"deep")
+    os.link(place / "d" / "f3", place / "d" / "hard")
+    (place / "link").symlink_to("x" * 180)
+    os.link(place / "link", place / "hardlink-of-link", follow_symlinks=False)
+    os.mknod(place / "char", stat.S_IFCHR | 0o640, os.makedev(10, 70000))
+    os.mkfifo(place / "fifo")
+    (place / "set").write_bytes(b"x")
+    (place / "set").chmod(0o4711)
+    (place / "d").chmod(0o2775)
+    os.chown(place / "d" / "f4", 70000, 2_000_000)
+    with (place / "sparse").open("wb") as file_:
+        for offset in range(0, 40 << 16, 2 << 16):
+            file_.seek(offset)
+            file_.write(b"%d" % offset)
+        file_.truncate(5 << 20)
+    Path(os.fsdecode(os.fsencode(place) + b"/\xff\xfe")).write_bytes(b"not UTF-8")
+    os.utime(place / "d" / "f5", ns=(0, 1_600_000_000_123_456_789))
+    os.utime(place / "d" / "f6", ns=(0, -1_500_000_000))
+    return place
+
+
+def _tar(place: Path, *options: str) -> bytes:
+    command = ["tar", "-C", place, "--numeric-owner", *options, "-cf", "-", "."]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--format=gnu",),
+        ("--format=gnu", "--sparse"),
+        ("--format=posix",),
+        *(("--format=posix", "--sparse", f"--sparse-version={version}") for version in ("0.0", "0.1", "1.0")),
+    ],
+    ids=" ".join,
+)
+def test_what_gnu_tar_packs_comes_out_as_it_was(sample: Path, options: tuple[str, ...]) -> None:
+    requires_command("tar")
+    contents = Contents()
+    tree = merged(_tar(sample, *options), contents=contents)
+    for path, node in paths(tree.root):
+        expected = scanned(sample, path)
+        if "--format=gnu" in options:  # whole seconds
+            expected = expected._replace(mtime_ns=expected.mtime_ns // 10**9 * 10**9)
+        if node.children is not None:  # not every file system counts a directory's links
+            expected = expected._replace(links=2 + sum(child.children is not None for child in node.children.values()))
+        assert described(node, contents) == expected, path
+    assert len(names(tree)) == sum(len(folders) + len(files) for _, folders, files in os.walk(sample))
+
+
+def test_gnu_tars_xattrs_come_out_as_they_were(tmp_path: Path) -> None:
+    requires_command("tar")
+    (tmp_path / "f").write_bytes(b"x")
+    try:
+        os.setxattr(tmp_path / "f", "user.binary", b"\0\xff=\n" * 50)
+    except OSError:
+        pytest.skip("the file system has no xattrs")
+    tree = merged(_tar(tmp_path, "--xattrs"))
+    assert at(tree, b"f").xattrs == ((b"user.binary", b"\0\xff=\n" * 50),)
+
+
+def test_layers_in_any_piece_size_are_the_same_tree() -> None:
+    tar = LOWER + END
+    for piece in (1, 511, 513):
+        tree = Tree()
+        tree.apply(Archive(reader(tar, piece)), Contents())
+        assert names(tree) == names(merged(tar))
