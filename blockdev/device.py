@@ -150,6 +150,7 @@ class Device:
             "mode": "lazy" if missing else "local",
             "reason": f"{missing} of {len(stats)} blobs still in the registry" if missing else "every blob is here",
             "size": self.size,
+            "writable": self.stack.writable,
             "blob_bytes": size,
             "local_bytes": present,
             "fetched_bytes": sum(stat.fetched_bytes for stat in stats),

@@ -20,7 +20,7 @@ from blockdev._native import ffi, lib
 from blockdev.config import Policy
 from blockdev.errors import BlockdevError, CorruptImage, EngineError, SourceError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 EXTENT_SIZE: int = lib.OB_EXTENT_SIZE
 LAYERS_MAX: int = lib.OB_LAYERS_MAX
 
@@ -385,6 +385,7 @@ class Image(_Handle):
 
     def __init__(self, pointer: Any) -> None:
         super().__init__(pointer, lib.ob_image_close)
+        self.writable = False
 
     @property
     def size(self) -> int:
@@ -399,6 +400,23 @@ class Image(_Handle):
         buffer = bytearray(length)
         self.read_into(offset, buffer)
         return bytes(buffer)
+
+    def open_upper(self, data_fd: int, index_fd: int) -> None:
+        """Make it writable: writes go to the pair of files (native/ob.h). The descriptors are duplicated."""
+        _check(lib.ob_image_open_upper(self._handle, data_fd, index_fd))
+        self.writable = True
+
+    def write(self, offset: int, content: bytes | bytearray | memoryview) -> None:
+        """Write at any offset; durable after flush()."""
+        _check(lib.ob_image_write(self._handle, offset, ffi.from_buffer(content), len(content)))
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make the range read as zeros."""
+        _check(lib.ob_image_zero(self._handle, offset, length))
+
+    def flush(self) -> None:
+        """What was written so far outlasts a power cut once this returns."""
+        _check(lib.ob_image_flush(self._handle))
 
     def runs(self, offset: int, length: int) -> list[Run]:
         """The map of the range from its start: RUNS_AT_ONCE runs at most, no gaps."""

@@ -3,20 +3,26 @@
 
 Promises: layers open in parallel, with what they need asked of their sources at once; an
 image that cannot be opened leaves nothing open; a checksum failure names the layer it
-is in. Blobs stay their opener's: close the image first.
+is in; a layer lies on the parent that it names, or nothing is opened. Blobs stay their
+opener's: close the image first, which flushes what was written to it.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import pairwise
 from types import TracebackType
 from typing import Self
 
 from blockdev.engine import LAYERS_MAX, Engine, Image, LayerTable, Run, RunKind
-from blockdev.errors import CorruptImage, UsageError
+from blockdev.errors import BlockdevError, CorruptImage, UsageError
 from blockdev.layer import Layer, NamedBlob, ask_ahead, open_layer, open_pair
+from formats.lsmt import NULL_UUID
+
+log = logging.getLogger(__name__)
 
 _OPEN_THREADS = 8  # as many as fetches at a time; a layer's opening mostly waits for one
 _SEARCH_PIECE = 1 << 20  # bytes read at a time when looking for the layer that failed
@@ -28,6 +34,7 @@ class OpenImage:
     def __init__(self, image: Image, layers: Sequence[Layer]) -> None:
         self.image = image
         self.layers = tuple(layers)
+        self._closed = False
 
     @property
     def size(self) -> int:
@@ -53,6 +60,12 @@ class OpenImage:
 
     def close(self) -> None:
         """Close image and layers. Idempotent."""
+        if self.image.writable and not self._closed:
+            try:
+                self.image.flush()
+            except BlockdevError as error:
+                log.error("what was not flushed is lost layer=%s reason=%s", self.layers[-1].name, error)
+        self._closed = True
         self.image.close()
         for layer in self.layers:
             layer.close()
@@ -88,9 +101,16 @@ class OpenImage:
 
 
 def open_image(
-    engine: Engine, blobs: Sequence[NamedBlob], upper: tuple[NamedBlob, NamedBlob] | None = None
+    engine: Engine,
+    blobs: Sequence[NamedBlob],
+    upper: tuple[NamedBlob, NamedBlob] | None = None,
+    *,
+    writable: tuple[int, int] | None = None,
 ) -> OpenImage:
-    """Stack layers, bottom first, with a read-write pair (data, index) on top if there is one."""
+    """Stack layers, bottom first, with a read-write pair (data, index) on top if there is one.
+
+    writable: descriptors of that pair, locked by whoever opened them, to which writes shall go.
+    """
     count = len(blobs) + (upper is not None)
     if not 0 < count <= LAYERS_MAX:
         raise UsageError(f"open image: {count} layers: 1 to {LAYERS_MAX} can be stacked")
@@ -102,9 +122,21 @@ def open_image(
         flat = next((layer for layer in layers if layer.flat), None)
         if flat and len(layers) > 1:
             raise CorruptImage(f"open image: {flat.name}: offset 0 of the decoded content: no LSMT magic in a stack")
-        image = _stack(engine, layers)
+        _check_parents(layers)
+        image = _stack_writable(engine, layers, writable) if writable else _stack(engine, layers)
         undo.pop_all()
     return OpenImage(image, layers)
+
+
+def _check_parents(layers: Sequence[Layer]) -> None:
+    """Each layer's parent is the one below it. What has no UUID, or names no parent, is not asked."""
+    for below, above in pairwise(layers):
+        parent = above.lsmt.parent_uuid.upper() if above.lsmt else ""
+        uuid = below.lsmt.uuid.upper() if below.lsmt else ""
+        if parent != uuid and not {parent, uuid} & {"", NULL_UUID}:
+            raise CorruptImage(
+                f"open layer: {above.name}: offset 93: its parent is {parent}, and below it is {uuid} ({below.name})"
+            )
 
 
 def _open_layers(blobs: Sequence[NamedBlob], undo: ExitStack) -> list[Layer]:
@@ -123,9 +155,25 @@ def _open_layers(blobs: Sequence[NamedBlob], undo: ExitStack) -> list[Layer]:
     return [future.result() for future in opening]
 
 
-def _stack(engine: Engine, layers: Sequence[Layer]) -> Image:
+def _size_of(layers: Sequence[Layer]) -> int:
     # The topmost layer that has a size says it: converters give one to the bottom layer only.
-    size = next((layer.virtual_size for layer in reversed(layers) if layer.virtual_size), 0)
+    return next((layer.virtual_size for layer in reversed(layers) if layer.virtual_size), 0)
+
+
+def _stack_writable(engine: Engine, layers: Sequence[Layer], descriptors: tuple[int, int]) -> Image:
+    *lowers, upper = layers
+    image = _stack(engine, lowers, _size_of(layers))
+    try:
+        image.open_upper(*descriptors)
+    except BlockdevError as error:
+        image.close()
+        raise type(error)(f"open layer: {upper.name}: offset {upper.table.index_offset}: {error}") from error
+    return image
+
+
+def _stack(engine: Engine, layers: Sequence[Layer], size: int = -1) -> Image:
+    """size: -1 = what the layers say."""
+    size = _size_of(layers) if size < 0 else size
     try:
         return engine.open_image([layer.table for layer in layers], size)
     except CorruptImage as error:

@@ -78,19 +78,25 @@ _CLEARS = {
     "norelatime": syscalls.MS_RELATIME,
     "nostrictatime": syscalls.MS_STRICTATIME,
 }
-_REFUSED = {"rw": "an image is read-only", "remount": "umount and mount again", "bind": "not a mount of an image"}
+_REFUSED = {
+    "rw": "an image is read-only without --rw",
+    "remount": "umount and mount again",
+    "bind": "not a mount of an image",
+}
 _FOR_OTHERS = {"defaults", "auto", "noauto", "nofail", "_netdev", "user", "nouser", "users", "group", "owner"}
 
 
-def parse_options(text: str) -> MountOptions:
-    """The argument of -o, over the defaults ro,nodev,nosuid. UsageError if it cannot be had.
+def parse_options(text: str, *, writable: bool = False) -> MountOptions:
+    """The argument of -o, over the defaults ro (unless writable), nodev and nosuid. UsageError if it cannot be had.
 
     What only fstab's readers care about (defaults, nofail, x-...) is dropped; what is not
     ours goes to the file system.
     """
-    flags = syscalls.MS_RDONLY | syscalls.MS_NODEV | syscalls.MS_NOSUID
+    flags = (0 if writable else syscalls.MS_RDONLY) | syscalls.MS_NODEV | syscalls.MS_NOSUID
     rest = []
     for option in filter(None, text.split(",")):
+        if writable and option == "rw":
+            continue
         if option in _REFUSED:
             raise UsageError(f"reading mount options failed: {option}: {_REFUSED[option]}")
         if option in _SETS:
@@ -105,8 +111,9 @@ def parse_options(text: str) -> MountOptions:
 # ---- file systems ----
 
 
-# What a read-only mount of an image needs, by the kernel's name of the file system.
+# What a read-only mount of an image needs, by the kernel's name of the file system; and a writable one.
 _OPTIONS = {"ext4": ("noload",), "erofs": (), "xfs": ("norecovery", "nouuid"), "squashfs": ()}
+_WRITABLE_OPTIONS = {"ext4": (), "xfs": ("nouuid",)}
 
 
 def _detect(file: Path) -> str:
@@ -161,7 +168,7 @@ def _place(path: Path) -> tuple[Path, int]:
         raise DeviceError(f"mount failed: {path}: {error.strerror}") from error
 
 
-def mount_file(path: Path) -> int:
+def mount_file(path: Path, *, writable: bool = False) -> int:
     """Mount a FUSE file on a regular file; returns the /dev/fuse descriptor to serve it by.
 
     The kernel's first request waits in the descriptor, so until somebody serves it every
@@ -172,14 +179,14 @@ def mount_file(path: Path) -> int:
     if kind != stat.S_IFREG:
         raise DeviceError(f"mount failed: {path}: not a regular file")
     if os.geteuid() != 0:
-        return _fusermount(path)
+        return _fusermount(path, "rw" if writable else "ro")
     try:
         fd = syscalls.open_fuse()
     except OSError as error:
         raise DeviceError(f"mount failed: /dev/fuse: {error.strerror}") from error
     owner = f"user_id={os.geteuid()},group_id={os.getegid()}"
-    options = f"fd={fd},rootmode=100444,{owner},default_permissions"
-    flags = syscalls.MS_RDONLY | syscalls.MS_NODEV | syscalls.MS_NOSUID | syscalls.MS_NOEXEC
+    options = f"fd={fd},rootmode={'100644' if writable else '100444'},{owner},default_permissions"
+    flags = (0 if writable else syscalls.MS_RDONLY) | syscalls.MS_NODEV | syscalls.MS_NOSUID | syscalls.MS_NOEXEC
     try:
         syscalls.mount("ociblk", path, FUSE_KIND, flags=flags, options=options)
     except OSError as error:
@@ -188,10 +195,10 @@ def mount_file(path: Path) -> int:
     return fd
 
 
-def _fusermount(path: Path) -> int:
+def _fusermount(path: Path, access: str) -> int:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        options = "ro,nosuid,nodev,noexec,default_permissions,fsname=ociblk,subtype=ociblk"
+        options = f"{access},nosuid,nodev,noexec,default_permissions,fsname=ociblk,subtype=ociblk"
         _run_fusermount(["-o", options, "--", str(path)], path, commfd=theirs.fileno())
         theirs.close()
         fds = socket.recv_fds(ours, 1, 1)[1]
@@ -215,7 +222,7 @@ def _run_fusermount(arguments: list[str], path: Path, *, commfd: int = -1) -> No
         raise DeviceError(f"{FUSERMOUNT} failed: {path}: {why}")
 
 
-def mount_filesystem(file: Path, directory: Path, options: MountOptions) -> Mounted:
+def mount_filesystem(file: Path, directory: Path, options: MountOptions, *, writable: bool = False) -> Mounted:
     """Mount what a served FUSE file holds on a directory.
 
     EROFS goes straight from the file where this kernel does that right; everything else, and
@@ -226,7 +233,9 @@ def mount_filesystem(file: Path, directory: Path, options: MountOptions) -> Moun
     if place != stat.S_IFDIR:
         raise DeviceError(f"mount failed: {directory}: not a directory")
     kind = _detect(file)
-    data = ",".join((*_OPTIONS[kind], *options.rest))
+    if writable and kind not in _WRITABLE_OPTIONS:
+        raise DeviceError(f"mount failed: {directory}: the image holds {kind}, which cannot be written to")
+    data = ",".join((*(_WRITABLE_OPTIONS if writable else _OPTIONS)[kind], *options.rest))
     if kind == "erofs" and erofs_from_file(os.uname().release):
         try:
             syscalls.mount(file, directory, kind, flags=options.flags, options=data)
@@ -236,7 +245,7 @@ def mount_filesystem(file: Path, directory: Path, options: MountOptions) -> Moun
                 raise DeviceError(f"mount failed: {directory}: {kind}: {error.strerror}") from error
             log.info("mounting through a loop device file=%s reason=this kernel mounts EROFS from no file", file)
     try:
-        with syscalls.attach_loop(file) as loop:
+        with syscalls.attach_loop(file, writable=writable) as loop:
             syscalls.mount(loop.path, directory, kind, flags=options.flags, options=data)
             if not loop.direct:
                 log.warning("loop device without direct I/O, pages are cached twice device=%s", loop.path)

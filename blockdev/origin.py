@@ -7,7 +7,8 @@ the owner resolves no path of a caller.
 
 What the text means, in this order: `oci:DIR[:TAG]` is an image layout; the path of a
 file that exists (or any text that begins with `/`, `./` or `../`) is a layer or, if it begins
-with `{`, a config.v1.json; everything else is a registry reference.
+with `{`, a config.v1.json; everything else is a registry reference. Below a writable layer
+`scratch` is nothing at all.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from typing import Any, Self
 
 from blockdev.control import member
 from blockdev.errors import AccessDenied, BlockdevError, CorruptImage, EngineError, NotFound, UsageError
+from blockdev.upper import lock
 from formats import imagespec, layout, oci
 from formats.errors import FormatError
 
 LAYOUT_PREFIX = "oci:"
+NOTHING = "scratch"  # as in a Dockerfile: no image has that name
 _SIZE_LIMIT = 1 << 63  # file offsets are signed
 _PATH_STARTS = ("/", "./", "../")
 
@@ -49,6 +52,7 @@ class Origin:
     reference: str = ""  # set: the layers are what the registry says they are
     layers: Sequence[Part] = ()  # bottom first
     upper: Sequence[Part] = ()  # nothing, or the data and index files of a writable layer
+    write: bool = False  # ... which are open for writing, and locked
     _open: list[int] = field(default_factory=list)
 
     @property
@@ -56,11 +60,19 @@ class Origin:
         """Whether every byte is in files that are open here."""
         return not self.reference and all(part.fd >= 0 for part in self.layers)
 
+    @property
+    def writable(self) -> tuple[int, int] | None:
+        """Descriptors of the files that writes go to."""
+        return (self.upper[0].fd, self.upper[1].fd) if self.write else None
+
     def to_wire(self) -> tuple[dict[str, Any], list[int]]:
         """The JSON object and the descriptors that from_wire() makes an Origin of."""
         parts = [*self.layers, *self.upper]
         fields = [{"name": p.name, "size": p.size, "digest": p.digest, "url": p.url, "local": p.fd >= 0} for p in parts]
-        body = {"name": self.name, "reference": self.reference, "parts": fields, "upper": bool(self.upper)}
+        body = {
+            "name": self.name, "reference": self.reference, "parts": fields,
+            "upper": bool(self.upper), "write": self.write,
+        }  # fmt: skip
         return body, [part.fd for part in parts if part.fd >= 0]
 
     @classmethod
@@ -73,7 +85,10 @@ class Origin:
         if len(found) < above:
             raise UsageError("asking the owner failed: parts: an upper layer has two")
         split = len(found) - above
-        return cls(member(body, "name", str), member(body, "reference", str), found[:split], found[split:])
+        layers, upper, write = found[:split], found[split:], member(body, "write", bool)
+        if write and not (upper and all(part.fd >= 0 for part in upper)):
+            raise UsageError("asking the owner failed: parts: no files to write to")
+        return cls(member(body, "name", str), member(body, "reference", str), layers, upper, write)
 
     def close(self) -> None:
         """Close what locate() opened."""
@@ -96,27 +111,40 @@ def _part(body: object, local: Iterator[int]) -> Part:
     return Part(member(body, "name", str), size, member(body, "digest", str), member(body, "url", str), fd)
 
 
-def locate(image: str) -> Origin:
-    """Find out what `image` is and open what of it is local. UsageError, NotFound, AccessDenied, CorruptImage."""
-    origin = Origin(image)
+def locate(image: str, upper: Sequence[str] = (), *, write: bool = False) -> Origin:
+    """Find out what `image` is and open what of it is local. UsageError, NotFound, AccessDenied, CorruptImage.
+
+    upper: data and index file of a writable layer that lies over it, instead of any the image has
+    itself; only with one, `image` may be NOTHING. write: have that layer locked for writing.
+    """
+    origin = Origin(image, write=write)
     with contextlib.ExitStack() as undo:
         undo.callback(origin.close)
-        if image.startswith(LAYOUT_PREFIX):
+        if image == NOTHING and upper:
+            origin.name = upper[0]
+        elif image.startswith(LAYOUT_PREFIX):
             _locate_layout(origin, image.removeprefix(LAYOUT_PREFIX))
         elif image.startswith(_PATH_STARTS) or (image and _exists(image)):
             _locate_file(origin, image)
         else:
             origin.reference = _reference(image)
+        files = upper or [part.name for part in origin.upper]
+        if write and not files:
+            raise UsageError(f"opening the image failed: {image}: it has no writable layer (ociblk create makes one)")
+        if upper or write:
+            origin.upper = [_open_part(origin, path, write=write) for path in files]
+            if write:
+                lock(origin.upper[0].fd, origin.upper[0].name, exclusive=True)
         undo.pop_all()
     return origin
 
 
-def open_file(path: str) -> Part:
-    """A Part of a regular file or block device, opened for reading. The caller closes its fd."""
+def open_file(path: str, *, write: bool = False) -> Part:
+    """A Part of a regular file or block device, opened for reading (or writing too). The caller closes its fd."""
     if "\0" in path:
         raise UsageError(f"opening a file failed: {path!r}: no path has a NUL in it")
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise _cannot_open(path, error) from None
     try:
@@ -130,8 +158,8 @@ def open_file(path: str) -> Part:
         raise
 
 
-def _open_part(origin: Origin, path: str, digest: str = "", size: int = -1) -> Part:
-    part = open_file(path)
+def _open_part(origin: Origin, path: str, digest: str = "", size: int = -1, *, write: bool = False) -> Part:
+    part = open_file(path, write=write)
     origin._open.append(part.fd)
     if size not in (-1, part.size):
         raise CorruptImage(f"opening a layer failed: {path}: {part.size} bytes, {size} were promised")

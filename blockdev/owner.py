@@ -80,7 +80,7 @@ class Owner:
         with ExitStack() as undo:
             blobs = self._open_lowers(origin, access, policy, undo, note)
             upper = [open_part(self._engine, part, undo) for part in origin.upper]
-            image = open_image(self._engine, blobs, (upper[0], upper[1]) if upper else None)
+            image = open_image(self._engine, blobs, (upper[0], upper[1]) if upper else None, writable=origin.writable)
             return Stack(origin, image, [*blobs, *upper], undo.pop_all(), remark="; ".join(remarks))
 
     def verify(self, stack: Stack, progress: Progress) -> list[Verified]:

@@ -37,7 +37,7 @@ def replacing(path: Path) -> Iterator[int]:
                 os.fchmod(fd, target.stat().st_mode & 0o777)
             os.fsync(fd)
             part.replace(target)
-            _sync_directory(target.parent)
+            sync_directory(target.parent)
         except OSError as error:
             raise from_os("write file", error, str(path)) from error
     except BaseException:
@@ -48,7 +48,8 @@ def replacing(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """What was created, renamed or removed in it outlasts a power cut."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

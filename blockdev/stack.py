@@ -27,6 +27,7 @@ class Stack:
         """blobs: of origin's layers, then of its upper. undo closes them; the image is closed before.
         remark: what its user should know of how it was found."""
         self.name = origin.name
+        self.writable = origin.write
         self.remark = remark
         self.image = image
         self.blobs = tuple(blobs)
@@ -74,7 +75,7 @@ def open_local(engine: Engine, origin: Origin) -> Stack:
     with ExitStack() as undo:
         blobs = [open_part(engine, part, undo) for part in origin.layers]
         upper = [open_part(engine, part, undo) for part in origin.upper]
-        image = open_image(engine, blobs, (upper[0], upper[1]) if upper else None)
+        image = open_image(engine, blobs, (upper[0], upper[1]) if upper else None, writable=origin.writable)
         return Stack(origin, image, [*blobs, *upper], undo.pop_all())
 
 

@@ -157,18 +157,19 @@ class LoopDevice:
         os.close(self.fd)
 
 
-def attach_loop(file: Path) -> LoopDevice:
-    """A read-only, self-detaching loop device over the file, with direct I/O."""
+def attach_loop(file: Path, *, writable: bool = False) -> LoopDevice:
+    """A self-detaching loop device over the file, with direct I/O."""
     name = os.fsencode(file)[:_LOOP_NAME_MAX]
-    flags = _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR | _LO_FLAGS_DIRECT_IO
+    flags = _LO_FLAGS_AUTOCLEAR | _LO_FLAGS_DIRECT_IO | (0 if writable else _LO_FLAGS_READ_ONLY)
+    mode = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
     details = _LOOP_INFO64.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, name, b"", b"", 0, 0)
     control = backing = -1
     try:
         control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
-        backing = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        backing = os.open(file, mode)
         for _ in range(_LOOP_TRIES):
             number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
-            loop = os.open(f"/dev/loop{number}", os.O_RDONLY | os.O_CLOEXEC)
+            loop = os.open(f"/dev/loop{number}", mode)
             try:
                 fcntl.ioctl(loop, _LOOP_CONFIGURE, _LOOP_CONFIG.pack(backing, _LOOP_BLOCK_SIZE, details))
             except OSError as error:

@@ -6,7 +6,7 @@ returns; repeat until receive() returns Go or Closed. As `wanted` never reaches 
 negotiation, the first byte of the transmission phase is still in the socket at Go.
 
 Promises: any bytes lead to a reply, Go or Closed, never to an exception, and no more
-than OPTION_MAX bytes of a client's are kept. Exports are read-only. Layout and what is
+than OPTION_MAX bytes of a client's are kept. Layout and what is
 supported: docs/formats/nbd.md.
 """
 
@@ -24,7 +24,8 @@ SKIP_MAX = 1 << 20  # bytes of an oversized body that are still skipped to stay 
 OPTIONS_MAX = 64  # options of one negotiation; real clients send fewer than ten
 STRING_MAX = 4096  # bytes of a name or query: the protocol's own limit
 
-BLOCK_MIN, BLOCK_PREFERRED, BLOCK_MAX = 1, 64 << 10, 32 << 20  # a cache extent; native/nbd.c's READ_MAX
+BLOCK_MIN, BLOCK_PREFERRED, BLOCK_MAX = 1, 64 << 10, 32 << 20  # a cache extent; native/nbd_serve.c's READ_MAX
+BLOCK_MIN_WRITABLE, BLOCK_PREFERRED_WRITABLE = 512, 4096  # a sector; what costs no more than its bytes
 ALLOCATION = "base:allocation"
 ALLOCATION_ID = 1  # native/nbd.c puts the same id into its replies
 
@@ -50,8 +51,20 @@ class TransmissionFlag(IntFlag):
 
     HAS_FLAGS = 1
     READ_ONLY = 2
+    SEND_FLUSH = 4
+    SEND_FUA = 8
+    SEND_TRIM = 32
+    SEND_WRITE_ZEROES = 64
     SEND_DF = 128
     CAN_MULTI_CONN = 256
+
+
+_WRITING = (
+    TransmissionFlag.SEND_FLUSH
+    | TransmissionFlag.SEND_FUA
+    | TransmissionFlag.SEND_TRIM
+    | TransmissionFlag.SEND_WRITE_ZEROES
+)
 
 
 class Option(IntEnum):
@@ -92,11 +105,15 @@ class Info(IntEnum):
 
 @dataclass(frozen=True)
 class Export:
-    """A disk on offer: its name, its size in bytes, and text for people. FormatError for text the wire cannot carry."""
+    """A disk on offer: its name, its size in bytes, and text for people. FormatError for text the wire cannot carry.
+
+    A writable one is of whole BLOCK_MIN_WRITABLE bytes, and a flush on one connection covers all of them.
+    """
 
     name: str
     size: int
     description: str = ""
+    writable: bool = False
 
     def __post_init__(self) -> None:
         for what, text in (("name", self.name), ("description", self.description)):
@@ -286,7 +303,10 @@ class Negotiation:
         if Info.DESCRIPTION in asked and export.description:
             self._reply_info(Info.DESCRIPTION, export.description.encode())
         if Info.BLOCK_SIZE in asked:
-            self._reply_info(Info.BLOCK_SIZE, struct.pack(">III", BLOCK_MIN, BLOCK_PREFERRED, BLOCK_MAX))
+            smallest, preferred = BLOCK_MIN, BLOCK_PREFERRED
+            if export.writable:
+                smallest, preferred = BLOCK_MIN_WRITABLE, BLOCK_PREFERRED_WRITABLE
+            self._reply_info(Info.BLOCK_SIZE, struct.pack(">III", smallest, preferred, BLOCK_MAX))
         self._reply(Reply.ACK)
         return self._go(export) if self._option == Option.GO else None
 
@@ -336,7 +356,8 @@ class Negotiation:
         self._reply(Reply.ERR_UNKNOWN, f"no export {name[:_ECHO]!r}".encode())
 
     def _size_and_flags(self, export: Export) -> bytes:
-        flags = TransmissionFlag.HAS_FLAGS | TransmissionFlag.READ_ONLY | TransmissionFlag.CAN_MULTI_CONN
+        flags = TransmissionFlag.HAS_FLAGS | TransmissionFlag.CAN_MULTI_CONN
+        flags |= _WRITING if export.writable else TransmissionFlag.READ_ONLY
         if self._structured:
             flags |= TransmissionFlag.SEND_DF
         return struct.pack(">QH", export.size, flags)

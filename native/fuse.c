@@ -36,7 +36,7 @@ static const char SESSION_MAGIC[8] = "obfuse\0\1";   /* the last byte is the lay
 
 static size_t memfd_size(const struct ob_fuse *fuse)
 {
-	return SESSION_SIZE + (size_t)fuse->config.slots * RECORD_SIZE;
+	return SESSION_SIZE + (size_t)fuse->config.slots * fuse->record_size;
 }
 
 /* ---- slots ---- */
@@ -114,7 +114,7 @@ void slot_give(struct slot *slot)
 
 static void slot_trim(struct slot *slot)
 {
-	if (slot->touched)
+	if (slot->touched && slot->fuse->buffers != MAP_FAILED)
 		madvise(slot->buffer, READ_MAX, MADV_DONTNEED);
 	slot->touched = 0;
 }
@@ -152,7 +152,7 @@ static int slot_receive(struct slot *slot, int epoll)
 	struct fuse_in_header *in = (void *)slot->record->request;
 
 	for (;;) {
-		ssize_t got = read(slot->fuse->fd, slot->record->request, REQUEST_MAX);
+		ssize_t got = read(slot->fuse->fd, slot->record->request, slot->fuse->request_max);
 		int error = got < 0 ? errno : 0;
 
 		if (got >= (ssize_t)sizeof(*in) && in->len == got)
@@ -218,26 +218,45 @@ static int reader_start(struct ob_fuse *fuse, struct reader *reader)
 
 /* ---- lifetime ---- */
 
-static int fuse_map(struct ob_fuse *fuse, int memfd)
+/* Buffers for reads: memory as they need it. A writable image's lie in the records, and are there from the start:
+ * by the time of a write there may be no memory but by writing. */
+static int fuse_map_buffers(struct ob_fuse *fuse, int memfd)
 {
 	size_t buffers = (size_t)fuse->config.slots * READ_MAX;
 
+	if (fuse->image->upper) {
+		int error = posix_fallocate(memfd, 0, (off_t)memfd_size(fuse));
+
+		return error ? status_set(error, "serve FUSE file: memory for writes: %s", strerror(error)) : 0;
+	}
+	fuse->buffers = mmap(NULL, buffers, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (fuse->buffers == MAP_FAILED)
+		return status_set(errno, "serve FUSE file: map buffers: %s", strerror(errno));
+	madvise(fuse->buffers, buffers, MADV_NOHUGEPAGE);   /* a 4 KiB read shall not cost 2 MiB */
+	return 0;
+}
+
+static int fuse_map(struct ob_fuse *fuse, int memfd)
+{
+	int populate = fuse->image->upper ? MAP_POPULATE : 0, error;
+
 	if (ftruncate(memfd, (off_t)memfd_size(fuse)))
 		return status_set(errno, "serve FUSE file: size memfd: %s", strerror(errno));
-	fuse->session = mmap(NULL, memfd_size(fuse), PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
-	fuse->buffers = mmap(NULL, buffers, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	if (fuse->session == MAP_FAILED || fuse->buffers == MAP_FAILED)
+	error = fuse_map_buffers(fuse, memfd);
+	if (error)
+		return error;
+	fuse->session = mmap(NULL, memfd_size(fuse), PROT_READ | PROT_WRITE, MAP_SHARED | populate, memfd, 0);
+	if (fuse->session == MAP_FAILED)
 		return status_set(errno, "serve FUSE file: map slots: %s", strerror(errno));
-	madvise(fuse->buffers, buffers, MADV_NOHUGEPAGE);   /* a 4 KiB read shall not cost 2 MiB */
 	memcpy(fuse->session->magic, SESSION_MAGIC, sizeof(SESSION_MAGIC));
 	fuse->session->slots = fuse->config.slots;
-	fuse->session->record_size = RECORD_SIZE;
+	fuse->session->record_size = fuse->record_size;
 	for (uint32_t i = 0; i < fuse->config.slots; i++) {
 		struct slot *slot = &fuse->slots[i];
 
 		slot->fuse = fuse;
-		slot->record = (void *)((uint8_t *)fuse->session + SESSION_SIZE + (size_t)i * RECORD_SIZE);
-		slot->buffer = fuse->buffers + (size_t)i * READ_MAX;
+		slot->record = (void *)((uint8_t *)fuse->session + SESSION_SIZE + (size_t)i * fuse->record_size);
+		slot->buffer = fuse->image->upper ? (uint8_t *)slot->record + RECORD_SIZE : fuse->buffers + (size_t)i * READ_MAX;
 		slot->next = fuse->free;
 		fuse->free = slot;
 	}
@@ -280,6 +299,8 @@ static struct ob_fuse *fuse_new(struct ob_image *image, const ob_fuse_config *co
 	fuse->session = MAP_FAILED;
 	fuse->buffers = MAP_FAILED;
 	fuse->image = image_ref(image);
+	fuse->record_size = RECORD_SIZE + (image->upper ? WRITE_MAX : 0);
+	fuse->request_max = REQUEST_MAX + (image->upper ? WRITE_MAX : 0);
 	pthread_mutex_init(&fuse->lock, NULL);
 	pthread_condattr_init(&monotonic);
 	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);

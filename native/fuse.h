@@ -3,7 +3,8 @@
  *
  * The memfd of a session, native byte order:
  *   0      struct session_record, in a page of its own
- *   4096   config.slots records of RECORD_SIZE bytes: struct slot_record
+ *   4096   config.slots records of session_record.record_size bytes: struct slot_record,
+ *          and if the image is writable, room for the rest of a WRITE
  * A record is BUSY from before its read() until after its answer was written, and
  * the unique field of its request is zero until read() filled it. So a BUSY record with
  * a unique number holds a request that may still want its answer; to answer one twice is
@@ -24,6 +25,7 @@
 
 enum {
 	READ_MAX = 1 << 20,                 /* the kernel's own ceiling: 256 pages of 4 KiB */
+	WRITE_MAX = 256 << 10,              /* of a writable image, and of its reads: their memory is taken at start */
 	REQUEST_MAX = FUSE_MIN_READ_BUFFER, /* read() with less fails; no request we take is longer */
 	SESSION_SIZE = 4096,
 	RECORD_SIZE = 12288                 /* whole pages: most requests touch the first only */
@@ -52,7 +54,7 @@ struct slot {
 	struct ob_request request;      /* first: complete() casts back */
 	struct ob_fuse *fuse;
 	struct slot_record *record;
-	uint8_t *buffer;                /* READ_MAX bytes, resident once used */
+	uint8_t *buffer;                /* of READ_MAX bytes, resident once used; of WRITE_MAX in the record */
 	int touched;                    /* some of it may be resident */
 	struct slot *next;              /* free list, last used first */
 };
@@ -69,7 +71,8 @@ struct ob_fuse {
 	int fd;
 	int stop_fd;                    /* eventfd, readable once the threads are to end */
 	struct session_record *session; /* the memfd */
-	uint8_t *buffers;
+	uint32_t record_size, request_max;
+	uint8_t *buffers;               /* none if the image is writable */
 	struct slot *slots;
 	struct reader *readers;
 	uint32_t reader_count;
@@ -86,6 +89,12 @@ struct ob_fuse {
 	int closing;                    /* by ob_fuse_close(): no event */
 	int closed;                     /* no threads left: freed with the last slot */
 };
+
+/* Longest READ, and length of a slot's buffer. */
+static inline uint64_t fuse_read_max(const struct ob_fuse *fuse)
+{
+	return fuse->image->upper ? WRITE_MAX : READ_MAX;
+}
 
 /* Answer the slot's request, now or once its bytes are there, and give the slot back. */
 void slot_serve(struct slot *slot);

@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0
  * fuse_serve.c: what each FUSE request is answered with.
  *
- * The image never changes, hence attributes and pages are the kernel's to keep for
- * ever, and opens carry no state here.
+ * The image changes only by what the kernel itself writes, hence attributes and pages are
+ * the kernel's to keep for ever, and opens carry no state here.
  */
 #include "fuse.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/falloc.h>
 #include <stddef.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -19,6 +20,7 @@ enum {
 	OLDEST_MINOR = 28,                  /* Linux 4.20, the first that reads 1 MiB at a time */
 	RUNS_AT_ONCE = 64,
 	FILE_MODE = S_IFREG | 0444,
+	WRITABLE_MODE = S_IFREG | 0644,
 	BLOCK_SIZE = 4096,
 	NAME_MAX_LENGTH = 255
 };
@@ -66,15 +68,16 @@ static void serve_init(struct slot *slot)
 	}
 	if (in->major == FUSE_KERNEL_VERSION) {   /* a newer one asks again after our answer */
 		out.minor = min_u64(in->minor, FUSE_KERNEL_MINOR_VERSION);
-		out.max_readahead = min_u64(in->max_readahead, READ_MAX);
-		out.flags = in->flags & (FUSE_ASYNC_READ | FUSE_ASYNC_DIO | FUSE_MAX_PAGES);
+		out.max_readahead = min_u64(in->max_readahead, fuse_read_max(fuse));
+		out.flags = in->flags & (FUSE_ASYNC_READ | FUSE_ASYNC_DIO | FUSE_MAX_PAGES
+		                         | (fuse->image->upper ? FUSE_BIG_WRITES : 0));
 		out.max_background = fuse->config.slots;
 		out.congestion_threshold = fuse->config.slots;
-		out.max_write = BLOCK_SIZE;
+		out.max_write = fuse->image->upper ? WRITE_MAX : BLOCK_SIZE;
 		out.time_gran = 1;
-		out.max_pages = READ_MAX / sysconf(_SC_PAGESIZE);
+		out.max_pages = fuse_read_max(fuse) / sysconf(_SC_PAGESIZE);
 		fuse->session->minor = out.minor;
-		fuse->session->read_max = READ_MAX;
+		fuse->session->read_max = fuse_read_max(fuse);
 	}
 	slot_answer(slot, 0, &out, sizeof(out));
 }
@@ -88,7 +91,7 @@ static void serve_getattr(struct slot *slot)
 			.ino = FUSE_ROOT_ID,
 			.size = size,
 			.blocks = div_up(size, 512),
-			.mode = FILE_MODE,
+			.mode = slot->fuse->image->upper ? WRITABLE_MODE : FILE_MODE,
 			.nlink = 1,
 			.uid = geteuid(),
 			.gid = getegid(),
@@ -105,7 +108,7 @@ static void serve_open(struct slot *slot)
 	/* NOFLUSH: close() of a file whose server is stopped must not wait for it. */
 	struct fuse_open_out out = { .open_flags = FOPEN_KEEP_CACHE | FOPEN_NOFLUSH };
 
-	if (!in || (in->flags & O_ACCMODE) != O_RDONLY)
+	if (!in || ((in->flags & O_ACCMODE) != O_RDONLY && !slot->fuse->image->upper))
 		slot_answer(slot, in ? -EROFS : -EINVAL, NULL, 0);
 	else
 		slot_answer(slot, 0, &out, sizeof(out));
@@ -177,7 +180,7 @@ static void serve_read(struct slot *slot)
 	struct ob_image *image = slot->fuse->image;
 	uint64_t length;
 
-	if (!in || in->size > READ_MAX) {
+	if (!in || in->size > fuse_read_max(slot->fuse)) {
 		slot_answer(slot, -EINVAL, NULL, 0);
 		return;
 	}
@@ -195,6 +198,67 @@ static void serve_read(struct slot *slot)
 	slot->request.complete = read_complete;
 	request_submit(&slot->request);
 }
+
+/* ---- writing: on the thread that took the request, which waits for the disk ---- */
+
+/* What the kernel gets to know of a failed write. */
+static int write_error(int status)
+{
+	return status == 0 || status == -EROFS || status == -ENOSPC || status == -EINVAL ? status : -EIO;
+}
+
+static void serve_write(struct slot *slot)
+{
+	const struct fuse_in_header *head = (const void *)slot->record->request;
+	const struct fuse_write_in *in = slot_argument(slot, sizeof(*in));
+	struct fuse_write_out out = { 0 };
+	int status;
+
+	if (!slot->fuse->image->upper || !in || in->size != head->len - sizeof(*head) - sizeof(*in)) {
+		slot_answer(slot, slot->fuse->image->upper ? -EINVAL : -EROFS, NULL, 0);
+		return;
+	}
+	out.size = in->size;
+	status = ob_image_write(slot->fuse->image, in->offset, in + 1, in->size);
+	if (!status && in->flags & O_DSYNC)
+		status = ob_image_flush(slot->fuse->image);
+	slot_answer(slot, write_error(status), &out, status ? 0 : sizeof(out));
+}
+
+static void serve_fallocate(struct slot *slot)
+{
+	const struct fuse_fallocate_in *in = slot_argument(slot, sizeof(*in));
+	struct ob_image *image = slot->fuse->image;
+	int status = image->upper ? -EOPNOTSUPP : -EROFS;
+
+	if (image->upper && in && (in->mode == (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
+	                           || (in->mode & ~FALLOC_FL_KEEP_SIZE) == FALLOC_FL_ZERO_RANGE)) {
+		uint64_t room = in->offset < image->size ? image->size - in->offset : 0;
+
+		/* A hole may reach past the end of the file, which does not grow; nothing else may. */
+		status = 0;
+		if (in->length > room && !(in->mode & FALLOC_FL_KEEP_SIZE))
+			status = -EFBIG;
+		else if (room)
+			status = write_error(ob_image_zero(image, in->offset, min_u64(in->length, room)));
+	}
+	slot_answer(slot, status, NULL, 0);
+}
+
+/* The size is fixed; `> file` and chmod are refused. */
+static void serve_setattr(struct slot *slot)
+{
+	const struct fuse_setattr_in *in = slot_argument(slot, sizeof(*in));
+
+	if (!slot->fuse->image->upper)
+		slot_answer(slot, -EROFS, NULL, 0);
+	else if (in && (in->valid & ~(FATTR_FH | FATTR_LOCKOWNER)) == FATTR_SIZE && in->size == slot->fuse->image->size)
+		serve_getattr(slot);
+	else
+		slot_answer(slot, -EPERM, NULL, 0);
+}
+
+/* ---- all of them ---- */
 
 void slot_serve(struct slot *slot)
 {
@@ -227,10 +291,17 @@ void slot_serve(struct slot *slot)
 	case FUSE_BATCH_FORGET:             /* take no answer */
 		slot_give(slot);
 		break;
-	case FUSE_SETATTR:
 	case FUSE_WRITE:
+		serve_write(slot);
+		break;
+	case FUSE_FSYNC:                    /* ENOSYS: there is nothing to write, so do not ask again */
+		slot_answer(slot, !slot->fuse->image->upper ? -ENOSYS : write_error(ob_image_flush(slot->fuse->image)), NULL, 0);
+		break;
 	case FUSE_FALLOCATE:
-		slot_answer(slot, -EROFS, NULL, 0);
+		serve_fallocate(slot);
+		break;
+	case FUSE_SETATTR:
+		serve_setattr(slot);
 		break;
 	case FUSE_IOCTL:
 		slot_answer(slot, -ENOTTY, NULL, 0);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * image.c: the main flow of a read: range -> runs -> layers.
+ * image.c: the main flow of a read: range -> runs -> layers; and that of a write, to the upper one.
  */
 #include "image.h"
 
@@ -9,6 +9,7 @@
 
 #include "checked.h"
 #include "engine.h"
+#include "round.h"
 #include "status.h"
 
 enum {
@@ -23,6 +24,7 @@ static void image_free(struct ob_image *image)
 		ob_file_close(image->files[i]);
 	free(image->files);
 	index_free(&image->index);
+	upper_free(image->upper);
 	engine_unref(image->engine);
 	free(image);
 }
@@ -33,11 +35,11 @@ int ob_image_open(struct ob_engine *engine, const ob_layer *layers, uint32_t lay
 	struct ob_image *image;
 	int error = 0;
 
-	if (layer_count < 1 || layer_count > OB_LAYERS_MAX)
-		return status_set(EINVAL, "open image: %u layers: 1 to %d can be stacked", layer_count, OB_LAYERS_MAX);
+	if (layer_count > OB_LAYERS_MAX)
+		return status_set(EINVAL, "open image: %u layers: at most %d can be stacked", layer_count, OB_LAYERS_MAX);
 	image = calloc(1, sizeof(*image));
 	if (image)
-		image->files = calloc(layer_count, sizeof(*image->files));
+		image->files = calloc(layer_count + 1, sizeof(*image->files));   /* + 1: never zero bytes */
 	if (!image || !image->files) {
 		free(image);
 		return status_set(ENOMEM, "open image: out of memory");
@@ -56,6 +58,16 @@ int ob_image_open(struct ob_engine *engine, const ob_layer *layers, uint32_t lay
 	}
 	*out = image;
 	return 0;
+}
+
+int ob_image_open_upper(struct ob_image *image, int data_fd, int index_fd)
+{
+	if (image->upper)
+		return status_set(EBUSY, "open writable layer: the image has one");
+	if (image->size % SECTOR)
+		return status_set(EINVAL, "open writable layer: a disk of %llu bytes: not whole sectors",
+		                  (unsigned long long)image->size);
+	return upper_open(data_fd, index_fd, image->size, &image->upper);
 }
 
 struct ob_image *image_ref(struct ob_image *image)
@@ -77,20 +89,48 @@ uint64_t ob_image_size(struct ob_image *image)
 
 /* ---- reading ---- */
 
+/* As index_lookup(); runs of the writable layer have the place above all others. */
+static size_t image_lookup(const struct ob_image *image, uint64_t offset, uint64_t end, struct run *runs, size_t max)
+{
+	size_t count = 0;
+
+	if (!image->upper)
+		return index_lookup(&image->index, offset, end, runs, max);
+	while (offset < end && count < max) {
+		struct run run = upper_lookup(image->upper, offset, end);
+
+		if (run.kind == OB_RUN_HOLE) {
+			count += index_lookup(&image->index, offset, offset + run.length, runs + count, max - count);
+		} else {
+			run.layer = (int)image->layer_count;
+			runs[count++] = run;
+		}
+		offset = runs[count - 1].offset + runs[count - 1].length;
+	}
+	return count;
+}
+
+static int image_read_run(struct ob_image *image, const struct run *run, uint8_t *buffer)
+{
+	if (run->kind != OB_RUN_DATA) {
+		memset(buffer, 0, run->length);
+		return 0;
+	}
+	if ((uint32_t)run->layer == image->layer_count)
+		return upper_read(image->upper, run->file_offset, buffer, run->length);
+	return file_try_read(image->files[run->layer], run->file_offset, buffer, run->length);
+}
+
 int image_read(struct ob_image *image, uint64_t offset, uint8_t *buffer, uint64_t length, uint64_t *done)
 {
 	struct run runs[RUNS_AT_ONCE];
 
 	while (*done < length) {
-		size_t count = index_lookup(&image->index, offset + *done, offset + length, runs, RUNS_AT_ONCE);
+		size_t count = image_lookup(image, offset + *done, offset + length, runs, RUNS_AT_ONCE);
 
 		for (size_t i = 0; i < count; i++) {
-			int error = 0;
+			int error = image_read_run(image, &runs[i], buffer + *done);
 
-			if (runs[i].kind == OB_RUN_DATA)
-				error = file_try_read(image->files[runs[i].layer], runs[i].file_offset, buffer + *done, runs[i].length);
-			else
-				memset(buffer + *done, 0, runs[i].length);
 			if (error)
 				return error;
 			*done += runs[i].length;
@@ -105,10 +145,10 @@ void image_want(struct ob_image *image, uint64_t offset, uint64_t length, struct
 	uint64_t end = offset + length;
 
 	while (offset < end) {
-		size_t count = index_lookup(&image->index, offset, end, runs, RUNS_AT_ONCE);
+		size_t count = image_lookup(image, offset, end, runs, RUNS_AT_ONCE);
 
 		for (size_t i = 0; i < count; i++) {
-			if (runs[i].kind == OB_RUN_DATA)
+			if (runs[i].kind == OB_RUN_DATA && (uint32_t)runs[i].layer < image->layer_count)
 				file_want(image->files[runs[i].layer], runs[i].file_offset, runs[i].length, parked);
 			offset += runs[i].length;
 		}
@@ -135,14 +175,109 @@ static void image_miss(void *argument, struct parked *parked)
 	image_want(call->image, call->offset + call->done, call->length - call->done, parked);
 }
 
+static int image_check(const struct ob_image *image, const char *what, uint64_t offset, uint64_t length)
+{
+	if (range_inside(offset, length, image->size))
+		return 0;
+	return status_set(EINVAL, "%s: %llu + %llu: past its end at %llu", what, (unsigned long long)offset,
+	                  (unsigned long long)length, (unsigned long long)image->size);
+}
+
 int ob_image_read(struct ob_image *image, uint64_t offset, void *buffer, uint64_t length)
 {
 	struct image_read_call call = { .image = image, .offset = offset, .length = length, .buffer = buffer };
+	int status = image_check(image, "read image", offset, length);
 
-	if (!range_inside(offset, length, image->size))
-		return status_set(EINVAL, "read image: %llu + %llu: past its end at %llu", (unsigned long long)offset,
-		                  (unsigned long long)length, (unsigned long long)image->size);
+	if (status)
+		return status;
 	return parked_wait(image->engine, image_attempt, image_miss, &call);
+}
+
+/* ---- writing ---- */
+
+/* Change `length` bytes inside one sector; NULL: to zeros. Waits for what the sector holds, without
+ * the lock: what it waits for may take long. */
+static int image_patch(struct ob_image *image, uint64_t offset, const uint8_t *bytes, uint64_t length)
+{
+	uint64_t start = offset / SECTOR * SECTOR, done;
+	uint8_t sector[SECTOR];
+	int status;
+
+	for (;;) {
+		done = 0;
+		pthread_mutex_lock(&image->upper->lock);
+		status = image_read(image, start, sector, SECTOR, &done);
+		if (!status) {
+			if (bytes)
+				memcpy(sector + (offset - start), bytes, length);
+			else
+				memset(sector + (offset - start), 0, length);
+			status = upper_write(image->upper, start, sector, SECTOR);
+		}
+		pthread_mutex_unlock(&image->upper->lock);
+		if (status != -EAGAIN)
+			return status;
+		status = ob_image_read(image, start, sector, SECTOR);
+		if (status)
+			return status;
+	}
+}
+
+/* Write, or zero where there are no bytes to write: the whole sectors at once, the edges by themselves. */
+static int image_change(struct ob_image *image, uint64_t offset, const uint8_t *bytes, uint64_t length)
+{
+	while (length) {
+		uint64_t inside = offset % SECTOR, part = length / SECTOR * SECTOR;
+		int status;
+
+		if (inside || !part) {
+			part = min_u64(length, SECTOR - inside);
+			status = image_patch(image, offset, bytes, part);
+		} else {
+			pthread_mutex_lock(&image->upper->lock);
+			status = bytes ? upper_write(image->upper, offset, bytes, part) : upper_zero(image->upper, offset, part);
+			pthread_mutex_unlock(&image->upper->lock);
+		}
+		if (status)
+			return status;
+		offset += part;
+		bytes = bytes ? bytes + part : NULL;
+		length -= part;
+	}
+	return 0;
+}
+
+static int image_check_write(const struct ob_image *image, uint64_t offset, uint64_t length)
+{
+	if (!image->upper)
+		return status_set(EROFS, "write image: it is read-only");
+	return image_check(image, "write image", offset, length);
+}
+
+int ob_image_write(struct ob_image *image, uint64_t offset, const void *buffer, uint64_t length)
+{
+	int status = image_check_write(image, offset, length);
+
+	return status ? status : image_change(image, offset, buffer, length);
+}
+
+int ob_image_zero(struct ob_image *image, uint64_t offset, uint64_t length)
+{
+	int status = image_check_write(image, offset, length);
+
+	return status ? status : image_change(image, offset, NULL, length);
+}
+
+int ob_image_flush(struct ob_image *image)
+{
+	int status;
+
+	if (!image->upper)
+		return 0;
+	pthread_mutex_lock(&image->upper->lock);
+	status = upper_flush(image->upper);
+	pthread_mutex_unlock(&image->upper->lock);
+	return status;
 }
 
 /* ---- the map ---- */
@@ -153,11 +288,12 @@ int ob_image_runs(struct ob_image *image, uint64_t offset, uint64_t length, ob_r
 	uint64_t end = offset + length;
 	uint32_t filled = 0;
 
-	if (!range_inside(offset, length, image->size) || max < 1)
-		return status_set(EINVAL, "map image: %llu + %llu: past its end at %llu", (unsigned long long)offset,
-		                  (unsigned long long)length, (unsigned long long)image->size);
+	if (max < 1)
+		return status_set(EINVAL, "map image: no room for runs");
+	if (image_check(image, "map image", offset, length))
+		return -EINVAL;
 	while (offset < end) {
-		size_t count = index_lookup(&image->index, offset, end, found, RUNS_AT_ONCE);
+		size_t count = image_lookup(image, offset, end, found, RUNS_AT_ONCE);
 
 		for (size_t i = 0; i < count; offset += found[i++].length) {
 			ob_run *last = filled ? &runs[filled - 1] : NULL;

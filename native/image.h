@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * image.h: the merged read view of a stack of layers.
+ * image.h: the merged view of a stack of layers, and what is written over it.
  */
 #ifndef OB_IMAGE_H
 #define OB_IMAGE_H
@@ -10,6 +10,7 @@
 #include "file.h"
 #include "index.h"
 #include "ob.h"
+#include "upper.h"
 
 struct ob_image {
 	atomic_int references;
@@ -18,6 +19,7 @@ struct ob_image {
 	struct index index;             /* immutable after open: read without a lock */
 	struct ob_file **files;         /* where layer i's data live */
 	uint32_t layer_count;
+	struct upper *upper;            /* what is written; NULL: the image is read-only */
 };
 
 struct ob_image *image_ref(struct ob_image *image);

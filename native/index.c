@@ -12,7 +12,6 @@
 #include "index.h"
 
 #include <endian.h>
-#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -21,20 +20,8 @@
 #include "round.h"
 #include "status.h"
 
-#define SECTOR 512u
-#define OFFSET_BITS 50
-#define MOFFSET_BITS 55
-#define OFFSET_MASK ((1ull << OFFSET_BITS) - 1)
-#define MOFFSET_MASK ((1ull << MOFFSET_BITS) - 1)
-#define ZEROED (1ull << MOFFSET_BITS)
-#define LAYER_SHIFT 56
-#define PADDING OFFSET_MASK          /* an entry with this offset is none */
-#define LENGTH_MAX 16383u            /* of one entry: 14 bits */
-#define MOFFSET_MIN 8                /* the first 4096 bytes of a layer file are its header */
-
-/* Upstream's own limits (overlaybd.md 1.3, 1.6); they bound what a head can make us read. */
+/* Upstream's own limit; it bounds what a head can make us read. */
 #define SEALED_ENTRIES_MAX 1000000u
-#define LOG_ENTRIES_MAX 128000000u
 /* Of all layers: 80 MB merged, 5 s to merge. The largest image seen has 400,000; without a limit,
  * 255 hostile layers of a few KiB each, compressed, could make 4 GB, or the same 80 MB all over again. */
 #define INDEX_ENTRIES_MAX 5000000u
@@ -46,13 +33,6 @@
 #define FLAT_LENGTH (127u * 128)
 
 _Static_assert(FLAT_LENGTH <= LENGTH_MAX, "fits the length field");
-
-static uint64_t seg_offset(struct segment s) { return s.lo & OFFSET_MASK; }
-static uint64_t seg_length(struct segment s) { return s.lo >> OFFSET_BITS; }
-static uint64_t seg_end(struct segment s) { return seg_offset(s) + seg_length(s); }
-static uint64_t seg_moffset(struct segment s) { return s.hi & MOFFSET_MASK; }
-static bool seg_zeroed(struct segment s) { return s.hi & ZEROED; }
-static int seg_layer(struct segment s) { return (int)(s.hi >> LAYER_SHIFT); }
 
 /* The part of s in [from, to), which s covers. */
 static struct segment seg_part(struct segment s, uint64_t from, uint64_t to)

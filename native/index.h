@@ -11,13 +11,7 @@
 #include <stdint.h>
 
 #include "ob.h"
-
-/* One mapping, packed as on disk (overlaybd.md 1.2), with the layer's position in the
- * stack for a tag:  lo = offset | length << 50   hi = moffset | zeroed << 55 | layer << 56
- * offset, length and moffset are sectors; moffset of a zeroed mapping is 0. */
-struct segment {
-	uint64_t lo, hi;
-};
+#include "segment.h"
 
 struct index {
 	struct segment *entries;   /* sorted, not overlapping, none empty */

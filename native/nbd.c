@@ -9,12 +9,13 @@
  * Replies that become ready while further requests are already in the input buffer leave
  * in one sendmsg(). Nothing is held back while the thread waits for anything.
  */
+#include "nbd.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
-#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -23,28 +24,16 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#include "checked.h"
 #include "engine.h"
-#include "image.h"
 #include "mapping.h"
-#include "nbdwire.h"
-#include "ob.h"
-#include "request.h"
 #include "round.h"
 #include "status.h"
 
 /* ---- limits ---- */
 
 enum {
-	READ_MAX = 32 << 20,           /* longest read: the maximum nbdwire.py announces */
-	PARKED_MAX = 128,              /* reads that wait for fetches, of one connection */
-	PARKED_BYTES_MAX = 64 << 20,   /* ... and their buffers: two of the longest */
-	EXTENTS_MAX = 1024,            /* in one answer to BLOCK_STATUS: 8 KiB */
-	RUNS_AT_ONCE = 64,             /* from the image; on the stack */
 	SEND_BUFFER = 1 << 20,         /* of a Unix socket: read on while the client still copies */
-	BATCH_MAX = 16,                /* replies in one sendmsg() */
-	BATCH_BYTES = 64 << 10,        /* ... and payload from which it is not worth waiting */
-	INPUT_SIZE = 4096,             /* some 146 requests */
+	BATCH_BYTES = 64 << 10,        /* payload of replies from which it is not worth waiting for more */
 	RETAINED_MAX = 4 << 20,        /* buffers kept for the next read */
 	IDLE_SECONDS = 5               /* without a request, after which those are given back */
 };
@@ -52,49 +41,7 @@ enum {
 /* How long reads in hand are waited for once the client has said goodbye or half closed. */
 static const int64_t LINGER_NS = 30 * 1000000000LL;
 
-/* ---- connection ---- */
-
-/* A request from its arrival to its reply. */
-struct slot {
-	struct ob_request read;        /* first: read_complete() casts */
-	struct ob_nbd *nbd;
-	struct slot *next;             /* `spare` or `finished` */
-	atomic_int answerable;         /* set by submitter and complete(): the second answers */
-	int status;                    /* 0 or -errno */
-	int reply;                     /* REPLY_* */
-	struct wire_request request;
-	uint32_t header_length, payload_length;
-	uint8_t header[HEADER_MAX];
-	uint8_t *memory;               /* the payload; mapped, so that it goes back when unmapped */
-	uint64_t capacity;
-};
-
-struct ob_nbd {
-	atomic_int references;         /* the handle, and each read between submit and complete */
-	struct ob_image *image;
-	int fd;
-	int wake;                      /* eventfd: `finished` or `closing` has changed */
-	ob_nbd_config config;
-	pthread_t thread;
-	_Atomic(struct slot *) finished;
-	atomic_int closing;            /* take no more requests */
-	pthread_mutex_t lock;          /* of ended */
-	pthread_cond_t at_end;
-	bool ended;
-
-	/* the connection's thread only, from here on */
-	struct slot *spare;
-	uint64_t retained;             /* bytes of memory of the spare slots */
-	struct slot *batch[BATCH_MAX];
-	uint32_t batch_count;
-	uint64_t batch_bytes;
-	uint32_t parked;
-	uint64_t parked_bytes;
-	uint32_t head, tail;           /* unread part of input */
-	uint8_t input[INPUT_SIZE];
-};
-
-static void nbd_wake(struct ob_nbd *nbd)
+void nbd_wake(struct ob_nbd *nbd)
 {
 	uint64_t one = 1;
 
@@ -121,8 +68,7 @@ static void nbd_trim(struct ob_nbd *nbd)
 	nbd->retained = 0;
 }
 
-/* Whoever ends a read later than the connection ends may be the last. */
-static void nbd_unref(struct ob_nbd *nbd)
+void nbd_unref(struct ob_nbd *nbd)
 {
 	struct slot *slot, *next;
 
@@ -133,6 +79,8 @@ static void nbd_unref(struct ob_nbd *nbd)
 		slot_free(slot);
 	}
 	nbd_trim(nbd);
+	if (nbd->writes)
+		munmap(nbd->writes, WRITE_PIECE);
 	close(nbd->fd);
 	close(nbd->wake);
 	pthread_cond_destroy(&nbd->at_end);
@@ -143,8 +91,7 @@ static void nbd_unref(struct ob_nbd *nbd)
 
 /* ---- slots ---- */
 
-/* NULL when out of memory. */
-static struct slot *slot_take(struct ob_nbd *nbd, uint64_t size)
+struct slot *nbd_take(struct ob_nbd *nbd, uint64_t size)
 {
 	struct slot *slot = nbd->spare;
 
@@ -176,6 +123,8 @@ static struct slot *slot_take(struct ob_nbd *nbd, uint64_t size)
 
 static void slot_release(struct ob_nbd *nbd, struct slot *slot)
 {
+	if (slot->kept)
+		return;
 	if (nbd->retained + slot->capacity > RETAINED_MAX) {
 		slot_free(slot);
 		return;
@@ -233,7 +182,7 @@ static bool nbd_flush(struct ob_nbd *nbd)
 	return sent;
 }
 
-static bool nbd_reply(struct ob_nbd *nbd, struct slot *slot)
+bool nbd_reply(struct ob_nbd *nbd, struct slot *slot)
 {
 	if (slot->status)
 		slot->payload_length = 0;
@@ -243,8 +192,7 @@ static bool nbd_reply(struct ob_nbd *nbd, struct slot *slot)
 	return (nbd->batch_count < BATCH_MAX && nbd->batch_bytes < BATCH_BYTES) || nbd_flush(nbd);
 }
 
-/* Reply to the reads that work threads have finished. */
-static bool nbd_collect(struct ob_nbd *nbd)
+bool nbd_collect(struct ob_nbd *nbd)
 {
 	struct slot *slot = atomic_exchange(&nbd->finished, NULL), *next;
 	bool good = true;
@@ -263,8 +211,7 @@ static bool nbd_collect(struct ob_nbd *nbd)
 
 /* ---- input ---- */
 
-/* Waits for a wake or for `events` of the socket, whose revents it returns; -1: time is up. */
-static int nbd_wait(struct ob_nbd *nbd, short events, int timeout_ms)
+int nbd_wait(struct ob_nbd *nbd, short events, int timeout_ms)
 {
 	struct pollfd fds[2] = { { .fd = nbd->wake, .events = POLLIN }, { .fd = nbd->fd, .events = events } };
 	uint64_t count;
@@ -277,27 +224,22 @@ static int nbd_wait(struct ob_nbd *nbd, short events, int timeout_ms)
 	return ready > 0 ? fds[1].revents : 0;
 }
 
-/* More bytes behind input's tail; replies leave meanwhile. False: there will be no more. */
-static bool nbd_receive(struct ob_nbd *nbd)
+/* Bytes from the socket, at most `room`; replies leave meanwhile. 0: there will be no more. */
+static uint32_t nbd_receive(struct ob_nbd *nbd, uint8_t *to, uint64_t room)
 {
 	ssize_t got;
 
-	memmove(nbd->input, nbd->input + nbd->head, nbd->tail - nbd->head);
-	nbd->tail -= nbd->head;
-	nbd->head = 0;
 	for (;;) {
 		if (!nbd_collect(nbd) || atomic_load(&nbd->closing))
-			return false;
+			return 0;
 		/* With nothing parked nothing but the socket can wake us: one system call. */
 		if (nbd->parked && !nbd_wait(nbd, POLLIN, -1))
 			continue;
-		got = recv(nbd->fd, nbd->input + nbd->tail, INPUT_SIZE - nbd->tail, nbd->parked ? MSG_DONTWAIT : 0);
-		if (got > 0) {
-			nbd->tail += (uint32_t)got;
-			return true;
-		}
+		got = recv(nbd->fd, to, room, nbd->parked ? MSG_DONTWAIT : 0);
+		if (got > 0)
+			return (uint32_t)got;
 		if (got == 0 || (errno != EINTR && errno != EAGAIN))
-			return false;
+			return 0;
 		if (errno == EAGAIN && !nbd->parked) {    /* SO_RCVTIMEO has passed */
 			nbd_trim(nbd);
 			mapping_trim();
@@ -306,184 +248,49 @@ static bool nbd_receive(struct ob_nbd *nbd)
 	}
 }
 
-/* Skip the payload of a write. */
-static bool nbd_drain(struct ob_nbd *nbd, uint64_t length)
+/* More bytes behind input's tail. False: there will be no more. */
+static bool nbd_fill(struct ob_nbd *nbd)
 {
-	for (;;) {
-		uint64_t step = min_u64(length, nbd->tail - nbd->head);
+	uint32_t got;
 
-		nbd->head += (uint32_t)step;
-		length -= step;
-		if (!length)
-			return true;
-		if (!nbd_receive(nbd))
+	memmove(nbd->input, nbd->input + nbd->head, nbd->tail - nbd->head);
+	nbd->tail -= nbd->head;
+	nbd->head = 0;
+	got = nbd_receive(nbd, nbd->input + nbd->tail, INPUT_SIZE - nbd->tail);
+	nbd->tail += got;
+	return got > 0;
+}
+
+bool nbd_payload(struct ob_nbd *nbd, uint8_t *buffer, uint64_t length)
+{
+	while (length) {
+		uint32_t step = (uint32_t)min_u64(length, nbd->tail - nbd->head);
+
+		if (buffer && step)
+			memcpy(buffer, nbd->input + nbd->head, step);
+		nbd->head += step;
+		if (!step && buffer)
+			step = nbd_receive(nbd, buffer, length);
+		else if (!step && nbd_fill(nbd))
+			continue;
+		if (!step)
 			return false;
+		length -= step;
+		buffer = buffer ? buffer + step : NULL;
 	}
+	return true;
 }
 
 /* The next request; false: the client is done, broken or unwanted. */
 static bool nbd_next(struct ob_nbd *nbd, struct wire_request *out)
 {
 	while (nbd->tail - nbd->head < REQUEST_SIZE)
-		if (!nbd_receive(nbd))
+		if (!nbd_fill(nbd))
 			return false;
 	if (atomic_load(&nbd->closing))
 		return false;
 	nbd->head += REQUEST_SIZE;
 	return request_parse(nbd->input + nbd->head - REQUEST_SIZE, out) && out->type != CMD_DISC;
-}
-
-/* ---- commands ---- */
-
-/* A reply without payload. */
-static bool answer_status(struct ob_nbd *nbd, const struct wire_request *request, int reply, int status)
-{
-	struct slot *slot = slot_take(nbd, 0);
-
-	if (!slot)
-		return false;
-	slot->request = *request;
-	slot->reply = reply;
-	slot->status = status;
-	slot->payload_length = 0;
-	return nbd_reply(nbd, slot);
-}
-
-static int request_check(const struct ob_nbd *nbd, const struct wire_request *request, uint16_t flags)
-{
-	if (request->flags & ~flags || !request->length)
-		return -EINVAL;
-	return range_inside(request->offset, request->length, nbd->image->size) ? 0 : -EINVAL;
-}
-
-/* request_submit()'s answer: on this thread inside it, or at any time on another. */
-static void read_complete(struct ob_request *request, int status)
-{
-	struct slot *slot = (struct slot *)request;
-	struct ob_nbd *nbd = slot->nbd;
-
-	slot->status = status;
-	if (!atomic_exchange(&slot->answerable, 1))
-		return;
-	slot->next = atomic_load(&nbd->finished);
-	while (!atomic_compare_exchange_weak(&nbd->finished, &slot->next, slot))
-		;
-	nbd_wake(nbd);
-	nbd_unref(nbd);
-}
-
-/* Wait until another read of that length may be parked. */
-static bool nbd_admit(struct ob_nbd *nbd, uint64_t length)
-{
-	while (nbd->parked && (nbd->parked >= PARKED_MAX || nbd->parked_bytes + length > PARKED_BYTES_MAX)) {
-		uint32_t before = nbd->parked;
-
-		/* Their wake may be spent: it is only waited for when there was nothing to collect. */
-		if (!nbd_collect(nbd) || (nbd->parked == before && nbd_wait(nbd, 0, -1)))
-			return false;
-	}
-	return true;
-}
-
-static bool answer_read(struct ob_nbd *nbd, const struct wire_request *request)
-{
-	int reply = nbd->config.structured ? REPLY_DATA : REPLY_SIMPLE;
-	int status = request_check(nbd, request, nbd->config.structured ? FLAG_DF : 0);
-	struct slot *slot;
-
-	if (!status && request->length > READ_MAX)
-		status = request->flags & FLAG_DF ? -EOVERFLOW : -EINVAL;
-	if (status)
-		return answer_status(nbd, request, reply, status);
-	if (!nbd_admit(nbd, round_up(request->length, 4096)))
-		return false;
-	slot = slot_take(nbd, request->length);
-	if (!slot)
-		return answer_status(nbd, request, reply, -ENOMEM);
-	slot->request = *request;
-	slot->reply = reply;
-	slot->payload_length = request->length;
-	slot->read.image = nbd->image;
-	slot->read.offset = request->offset;
-	slot->read.length = request->length;
-	slot->read.buffer = slot->memory;
-	slot->read.complete = read_complete;
-	atomic_store(&slot->answerable, 0);
-	nbd->parked++;
-	nbd->parked_bytes += slot->capacity;
-	atomic_fetch_add(&nbd->references, 1);
-	request_submit(&slot->read);
-	if (!atomic_exchange(&slot->answerable, 1))
-		return true;
-	nbd->parked--;
-	nbd->parked_bytes -= slot->capacity;
-	nbd_unref(nbd);
-	return nbd_reply(nbd, slot);
-}
-
-/* Descriptors of [offset, offset + length), at most `max`; -errno. Room is for max + 1. */
-static int extents_fill(struct ob_image *image, const struct wire_request *request, uint8_t *extents, uint32_t max)
-{
-	ob_run runs[RUNS_AT_ONCE];
-	uint64_t at = request->offset, end = at + request->length;
-	uint32_t count = 0;
-
-	while (at < end) {
-		int found = ob_image_runs(image, at, end - at, runs, RUNS_AT_ONCE);
-
-		if (found <= 0)
-			return found ? found : -EIO;
-		for (int i = 0; i < found; i++) {
-			uint32_t state = runs[i].kind == OB_RUN_DATA ? 0 : STATE_HOLE | STATE_ZERO;
-
-			count = extents_add(extents, count, runs[i].length, state);
-			if (count > max)
-				return (int)max;
-		}
-		at = runs[found - 1].offset + runs[found - 1].length;
-	}
-	return (int)count;
-}
-
-static bool answer_block_status(struct ob_nbd *nbd, const struct wire_request *request)
-{
-	int reply = nbd->config.structured ? REPLY_BLOCK_STATUS : REPLY_SIMPLE;
-	int status = nbd->config.allocation ? request_check(nbd, request, FLAG_REQ_ONE) : -EINVAL;
-	struct slot *slot;
-	int count;
-
-	if (status)
-		return answer_status(nbd, request, reply, status);
-	slot = slot_take(nbd, 4 + 8 * (EXTENTS_MAX + 1));
-	if (!slot)
-		return answer_status(nbd, request, reply, -ENOMEM);
-	put_be(slot->memory, CONTEXT_ALLOCATION, 4);
-	count = extents_fill(nbd->image, request, slot->memory + 4, request->flags & FLAG_REQ_ONE ? 1 : EXTENTS_MAX);
-	slot->request = *request;
-	slot->reply = reply;
-	slot->status = count < 0 ? count : 0;
-	slot->payload_length = 4 + 8 * (uint32_t)count;
-	return nbd_reply(nbd, slot);
-}
-
-/* False: hang up. */
-static bool nbd_answer(struct ob_nbd *nbd, const struct wire_request *request)
-{
-	switch (request->type) {
-	case CMD_READ:
-		return answer_read(nbd, request);
-	case CMD_BLOCK_STATUS:
-		return answer_block_status(nbd, request);
-	case CMD_FLUSH:
-		return answer_status(nbd, request, REPLY_SIMPLE, 0);
-	case CMD_WRITE:
-		return nbd_drain(nbd, request->length) && answer_status(nbd, request, REPLY_SIMPLE, -EPERM);
-	case CMD_TRIM:
-	case CMD_WRITE_ZEROES:
-		return answer_status(nbd, request, REPLY_SIMPLE, -EPERM);
-	default:
-		return answer_status(nbd, request, REPLY_SIMPLE, -EINVAL);
-	}
 }
 
 /* ---- lifetime ---- */
@@ -539,6 +346,19 @@ static int socket_prepare(int fd)
 	return 0;
 }
 
+/* What writing needs is there before the first write: by then there may be no memory but by writing. */
+static int nbd_prepare(struct ob_nbd *nbd)
+{
+	if (nbd->image->upper) {
+		nbd->writes = mmap(NULL, WRITE_PIECE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+		if (nbd->writes == MAP_FAILED) {
+			nbd->writes = NULL;
+			return -ENOMEM;
+		}
+	}
+	return nbd->wake < 0 || nbd->fd < 0 ? -EMFILE : socket_prepare(nbd->fd);
+}
+
 int ob_nbd_start(struct ob_image *image, int fd, const ob_nbd_config *config, struct ob_nbd **out)
 {
 	struct ob_nbd *nbd = calloc(1, sizeof(*nbd));
@@ -557,7 +377,7 @@ int ob_nbd_start(struct ob_image *image, int fd, const ob_nbd_config *config, st
 	pthread_condattr_destroy(&monotonic);
 	nbd->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	nbd->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-	error = nbd->wake < 0 || nbd->fd < 0 ? -errno : socket_prepare(nbd->fd);
+	error = nbd_prepare(nbd);
 	if (error)
 		status_set(-error, "start NBD: connection %llu: errno %d", (unsigned long long)config->id, -error);
 	else

@@ -19,7 +19,7 @@ enum {
 	CMD_WRITE_ZEROES = 6,
 	CMD_BLOCK_STATUS = 7
 };
-enum { FLAG_DF = 1 << 2, FLAG_REQ_ONE = 1 << 3 };
+enum { FLAG_FUA = 1 << 0, FLAG_NO_HOLE = 1 << 1, FLAG_DF = 1 << 2, FLAG_REQ_ONE = 1 << 3 };
 /* How a request is answered: plainly, or by a chunk of that type. */
 enum { REPLY_SIMPLE = -1, REPLY_DATA = 1, REPLY_BLOCK_STATUS = 5, REPLY_ERROR = (1 << 15) + 1 };
 enum { STATE_HOLE = 1, STATE_ZERO = 2 };
@@ -68,6 +68,7 @@ static inline uint32_t nbd_errno(int status)
 	case EPERM: return 1;
 	case ENOMEM: return 12;
 	case EINVAL: return 22;
+	case ENOSPC: return 28;
 	case EOVERFLOW: return 75;
 	case ESHUTDOWN: return 108;
 	default: return 5;             /* EIO */

@@ -28,7 +28,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes; checked when the binding is imported. */
-#define OB_ABI_VERSION 2
+#define OB_ABI_VERSION 3
 uint32_t ob_abi_version(void);
 
 /* Text of the last failure in this thread: "what failed: which thing: why". Never NULL. */
@@ -233,13 +233,27 @@ typedef struct {
 
 enum { OB_LAYERS_MAX = 255 };
 
-/* Blocks (reads the indexes). layers[0] is the bottom. The image reads as zeros where
+/* Blocks (reads the indexes). layers[0] is the bottom; there may be none. The image reads as zeros where
  * no layer has data. -EBADMSG: ob_last_error() names layer and entry. */
 int ob_image_open(ob_engine *engine, const ob_layer *layers, uint32_t layer_count, uint64_t size, ob_image **out);
+/* Waits for the disk. From now on writes go to the pair of files, which lies over all layers,
+ * whose heads the caller has checked and which nobody else may change. Before the image is
+ * served; once. Descriptors are duplicated. */
+int ob_image_open_upper(ob_image *image, int data_fd, int index_fd);
+/* What was not flushed of a writable image is lost. */
 void ob_image_close(ob_image *image);
 uint64_t ob_image_size(ob_image *image);
 /* Blocks. Exactly length bytes or an error. */
 int ob_image_read(ob_image *image, uint64_t offset, void *buffer, uint64_t length);
+
+/* Take bytes at any offset; whoever reads from now on gets them. They outlast a crash or a power
+ * cut once ob_image_flush() has returned 0. -EROFS, -ENOSPC, -EIO. Blocks only if it begins or
+ * ends inside a sector, for the rest of that sector; else waits for the disk. */
+int ob_image_write(ob_image *image, uint64_t offset, const void *buffer, uint64_t length);
+/* As a write of zeros, without the zeros. */
+int ob_image_zero(ob_image *image, uint64_t offset, uint64_t length);
+/* Waits for the disk. A failure other than -ENOSPC is final: no write succeeds after it. */
+int ob_image_flush(ob_image *image);
 
 enum { OB_RUN_HOLE = 0, OB_RUN_ZERO = 1, OB_RUN_DATA = 2 };   /* unmapped, zeroed, stored */
 
@@ -247,7 +261,7 @@ typedef struct {
 	uint64_t offset;
 	uint64_t length;
 	int32_t kind;     /* OB_RUN_* */
-	int32_t layer;    /* of data and zero runs: position in the stack, 0 = bottom */
+	int32_t layer;    /* of data and zero runs: position in the stack, 0 = bottom; the writable layer is the last */
 } ob_run;
 
 /* Map a range to at most `max` runs, neighbours of one kind and layer joined. Returns

@@ -27,7 +27,7 @@ from blockdev.errors import BlockdevError, EngineError, UsageError
 # name: module, one line of help
 _COMMANDS = {
     "serve": ("serve", "serve an image over NBD, in the foreground"),
-    "mount": ("mount", "mount the file system of an image, read-only"),
+    "mount": ("mount", "mount the file system of an image"),
     "umount": ("umount", "unmount what mount mounted"),
     "pull": ("pull", "fetch an image before it is used"),
     "ps": ("ps", "what is mounted and exported"),
@@ -37,6 +37,8 @@ _COMMANDS = {
     "fsck": ("fsck", "check what is in the cache, and repair it"),
     "cache": ("cache", "look at the cache, or empty it"),
     "daemon": ("daemon", "own the root in the foreground, or stop its owner"),
+    "create": ("create", "make the files of an empty writable layer"),
+    "commit": ("commit", "make a layer file of a writable layer"),
     "import": ("import_", "make a layer file of a raw disk"),
     "push": ("push", "push layer files to a registry as an image"),
     "version": ("version", "print the version"),
@@ -148,6 +150,13 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         default=parse_policy(DEFAULT_POLICY),
         help="reads while the registry fails: eio:D, retry:D or hang (default %(default)s)",
     )
+
+
+def add_upper_options(parser: argparse.ArgumentParser) -> None:
+    """IMAGE, and a writable layer over it: for commands that can serve one."""
+    parser.add_argument("image", metavar="IMAGE", help="with --upper also: scratch, for no image at all")
+    parser.add_argument("--upper", metavar=("DATA", "INDEX"), nargs=2, default=(), help="writable layer to lay over it")
+    parser.add_argument("--rw", action="store_true", help="writes go to the writable layer, that of --upper or its own")
 
 
 def add_registry_options(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from blockdev import client
 from blockdev.cli import text
 from blockdev.control import Body
 from blockdev.errors import NotFound, UsageError
-from blockdev.origin import Origin
+from blockdev.origin import Origin, locate
 from blockdev.registry.credentials import Provider
 from blockdev.root import Root
 
@@ -33,6 +33,11 @@ def ask_owner(
     with client.connect(Root(args.root), text.print_notice) as owner:
         progress = (lambda at: show(at["done"], at["total"])) if show else None
         return owner.call(op, {**body, **(extra or {})}, [*fds, *descriptors], progress=progress)
+
+
+def locate_upper(args: argparse.Namespace) -> Origin:
+    """What add_upper_options() took."""
+    return locate(args.image, args.upper, write=args.rw)
 
 
 def image_request(args: argparse.Namespace, origin: Origin) -> tuple[Body, list[int]]:

@@ -14,17 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from blockdev import client, mountpoint
-from blockdev.cli import add_image_options, text
-from blockdev.cli.ask import image_request
+from blockdev.cli import add_image_options, add_upper_options, text
+from blockdev.cli.ask import image_request, locate_upper
 from blockdev.errors import BlockdevError, UsageError, from_os
-from blockdev.origin import locate
 from blockdev.root import Root
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", metavar="IMAGE")
+    add_upper_options(parser)
     parser.add_argument("target", metavar="DIR", type=Path, help="where to; with --raw a file, made if there is none")
-    parser.add_argument("-o", dest="options", metavar="OPTS", default="", help="mount options, over ro,nodev,nosuid")
+    parser.add_argument("-o", dest="options", metavar="OPTS", default="", help="mount options, over nodev,nosuid[,ro]")
     parser.add_argument("--raw", action="store_true", help="show the disk as a file instead of mounting what is on it")
     add_image_options(parser)
 
@@ -35,16 +34,16 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("mounting failed: -o: with --raw nothing is mounted that has options")
     root = Root(args.root)
     target = args.target.absolute()
-    options = mountpoint.parse_options(args.options)
-    with locate(args.image) as origin:
+    options = mountpoint.parse_options(args.options, writable=args.rw)
+    with locate_upper(args) as origin:
         body, fds = image_request(args, origin)
         with client.connect(root, text.print_notice) as owner:
             opened = owner.call("mount", body, fds)
             file = target if args.raw else root.mounts / f"{opened['id']}-{os.getpid()}"
-            with _fuse_file(owner, file):
+            with _fuse_file(owner, file, writable=args.rw):
                 how = ""
                 if not args.raw:
-                    mounted = mountpoint.mount_filesystem(file, args.target, options)
+                    mounted = mountpoint.mount_filesystem(file, args.target, options, writable=args.rw)
                     how = f"{mounted.kind}, {mounted.loop or 'from the file'}"
                 owner.call("mounted", {"where": str(target), "how": how})
     if args.json:
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _fuse_file(owner: client.Connection, file: Path) -> Iterator[None]:
+def _fuse_file(owner: client.Connection, file: Path, *, writable: bool) -> Iterator[None]:
     """The image as a served file. If the block fails, it is as if it had never been."""
     try:
         file.parent.mkdir(mode=0o700, exist_ok=True)
@@ -63,7 +62,7 @@ def _fuse_file(owner: client.Connection, file: Path) -> Iterator[None]:
     with contextlib.ExitStack() as undo:
         if made:
             undo.callback(file.unlink)
-        fuse_fd = mountpoint.mount_file(file)
+        fuse_fd = mountpoint.mount_file(file, writable=writable)
         undo.callback(_unmount, file)
         try:
             owner.call("fuse", descriptors=[fuse_fd])

@@ -20,10 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from blockdev import client, control
-from blockdev.cli import add_image_options, text
-from blockdev.cli.ask import image_request
+from blockdev.cli import add_image_options, add_upper_options, text
+from blockdev.cli.ask import image_request, locate_upper
 from blockdev.errors import AccessDenied, DeviceError, NotFound, UsageError
-from blockdev.origin import locate
 from blockdev.root import Root
 from blockdev.transport.nbd import tcp_uri, unix_uri
 
@@ -34,7 +33,7 @@ _PROBE_LIMIT = 5.0  # seconds for a server at our path to accept
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", metavar="IMAGE")
+    add_upper_options(parser)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--socket", metavar="PATH", type=Path, help="listen on a Unix socket")
     where.add_argument("--port", metavar="N", type=int, help="listen on a TCP port; 0 picks a free one")
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     if args.bind and args.socket:
         raise UsageError("serving failed: --bind: needs --port")
     signals = _Signals()
-    with locate(args.image) as origin, _listening(args) as (listener, uri):
+    with locate_upper(args) as origin, _listening(args) as (listener, uri):
         body, fds = image_request(args, origin)
         with client.connect(Root(args.root), text.print_notice) as owner:
             body |= {"export": args.export, "where": uri}

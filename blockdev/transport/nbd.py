@@ -82,7 +82,7 @@ class NbdServer:
         self._listener = listener
         self._image = image
         try:
-            self._exports = {name: Export(name, image.size)}
+            self._exports = {name: Export(name, image.size, writable=image.writable)}
         except FormatError as error:
             raise UsageError(f"serve over NBD: export {name[:64]!r}: {error}") from None
         self._name = name
