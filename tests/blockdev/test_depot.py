@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image layouts and repositories keep images alike; what is read from them is checked, and goes on where it broke."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blockdev.build.depot import Blob, Depot
+from blockdev.build.layout import Layout
+from blockdev.build.repository import Repository
+from blockdev.errors import AccessDenied, CorruptImage, NotFound, SourceError, UsageError
+from blockdev.registry.client import Client, Document
+from blockdev.registry.exchange import Timeouts
+from formats import oci
+from tests.fakes.http_server import Answer, Ending, HttpServer, Seen, ranged
+from tests.registries import Registry
+from tests.requires import requires_command
+from tests.small_image import CONTENT, DIGEST, NOBODY
+
+BLOB = oci.Descriptor(oci.OCI_LAYER, DIGEST, len(CONTENT))
+INDEX = oci.Index((), annotations={"a": "b"}).build()
+DOCUMENT = Document(oci.OCI_INDEX, oci.digest_of(INDEX), INDEX)
+
+
+@pytest.fixture(params=["layout", "repository"])
+def depot(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Depot]:
+    if request.param == "layout":
+        yield Layout.parse(f"{tmp_path}/images:one")
+        return
+    registry: Registry = request.getfixturevalue("registry")
+    client = Client(registry.host, NOBODY)
+    yield Repository(client, oci.Reference.parse(f"{registry.host}/team/app:one"))
+    client.close()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    """A file that holds CONTENT, read to its end."""
+    path = tmp_path / "content"
+    path.write_bytes(CONTENT)
+    fd = os.open(path, os.O_RDONLY)
+    os.lseek(fd, 0, os.SEEK_END)
+    yield fd
+    os.close(fd)
+
+
+def _all(depot: Depot, blob: oci.Descriptor = BLOB, step: int = 70_000) -> bytes:
+    with depot.opened(blob) as read:
+        return b"".join(iter(lambda: read(step), b""))
+
+
+def _found(registry: Registry, index: str) -> list[dict[str, object]]:
+    client = Client(registry.host, NOBODY)
+    found: list[dict[str, object]] = json.loads(client.manifest("team/app", index).body)["manifests"]
+    client.close()
+    return found
+
+
+# ---- both -----------------------------------------------------------------------------------
+
+
+def test_a_blob_that_was_put_is_read_back_and_not_put_twice(depot: Depot, file: int) -> None:
+    told: list[int] = []
+    assert depot.put_blob(Blob(DIGEST, len(CONTENT), file), told.append)
+    assert told[-1] == len(CONTENT)
+    assert oci.digest_of(_all(depot)) == DIGEST
+    assert not depot.put_blob(Blob(DIGEST, len(CONTENT), file), told.append)
+
+
+def test_a_document_is_found_by_its_tag_and_its_digest(depot: Depot) -> None:
+    depot.put_document(DOCUMENT)
+    assert depot.document(DOCUMENT.digest).body == INDEX
+    with pytest.raises(NotFound):
+        depot.document("")
+    depot.tag(DOCUMENT)
+    assert depot.document("") == DOCUMENT
+    assert depot.document("one") == DOCUMENT
+    other = oci.Index(()).build()
+    depot.tag(Document(oci.OCI_INDEX, oci.digest_of(other), other))
+    assert depot.document("").body == other
+    assert depot.document(DOCUMENT.digest).body == INDEX
+
+
+def test_what_is_not_there_is_not_found(depot: Depot) -> None:
+    with pytest.raises(NotFound):
+        depot.document("")
+    with pytest.raises(NotFound):
+        _all(depot)
+
+
+# ---- layouts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("place", "folder", "tag"),
+    [
+        ("dir", "dir", "latest"),
+        ("dir:1", "dir", "1"),
+        ("some/dir:v1.0", "some/dir", "v1.0"),
+        ("with:colon/dir", "with:colon/dir", "latest"),
+        ("with:colon/dir:x", "with:colon/dir", "x"),
+    ],
+)
+def test_a_layouts_name_is_a_folder_and_a_tag(place: str, folder: str, tag: str) -> None:
+    found = Layout.parse(place)
+    assert (str(found.folder), found.place) == (folder, f"oci:{folder}:{tag}")
+
+
+def test_a_folder_may_be_named_like_one_with_a_tag(tmp_path: Path) -> None:
+    (tmp_path / "dir:1").mkdir()
+    assert Layout.parse(f"{tmp_path}/dir:1").folder == tmp_path / "dir:1"
+
+
+def test_a_blob_whose_content_has_changed_is_refused(tmp_path: Path, file: int) -> None:
+    layout = Layout(tmp_path / "images", None)
+    layout.put_blob(Blob(DIGEST, len(CONTENT), file), lambda done: None)
+    path = tmp_path / "images" / "blobs" / "sha256" / DIGEST.removeprefix("sha256:")
+    for wrong in (CONTENT[:-1], CONTENT + b"x", bytes([CONTENT[0] ^ 1]) + CONTENT[1:]):
+        path.write_bytes(wrong)
+        with pytest.raises(CorruptImage, match="reading a blob failed"):
+            _all(layout)
+
+
+def test_writers_of_one_layout_lose_nothing(tmp_path: Path) -> None:
+    def tag(number: int) -> None:
+        for turn in range(5):
+            Layout(tmp_path / "images", f"{number}-{turn}").tag(DOCUMENT)
+
+    threads = [threading.Thread(target=tag, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(json.loads((tmp_path / "images" / "index.json").read_bytes())["manifests"]) == 20
+
+
+def test_a_layout_is_read_by_skopeo(tmp_path: Path, file: int) -> None:
+    """As far as its documents go: what is in the layer is no matter."""
+    layout = Layout(tmp_path / "images", "one")
+    config = oci.build_config(oci.Platform("linux", "amd64"), [DIGEST])
+    described = oci.Descriptor(oci.OCI_CONFIG, oci.digest_of(config), len(config))
+    with io.FileIO(os.memfd_create("config"), "w+") as small:
+        small.write(config)
+        layout.put_blob(Blob(described.digest, described.size, small.fileno()), lambda done: None)
+    layout.put_blob(Blob(DIGEST, len(CONTENT), file), lambda done: None)
+    body = oci.Manifest(described, (BLOB,)).build()
+    layout.tag(Document(oci.OCI_MANIFEST, oci.digest_of(body), body))
+    requires_command("skopeo")
+    command = ["skopeo", "copy", "--quiet", f"oci:{tmp_path}/images:one", f"dir:{tmp_path}/copy"]
+    subprocess.run(command, check=True, timeout=60)
+
+
+def test_a_referrer_does_not_make_a_layouts_only_image_ambiguous(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "images", "one")
+    layout.tag(DOCUMENT)
+    body = oci.Index((), annotations={"c": "d"}).build()
+    referrer = oci.Descriptor(oci.OCI_INDEX, oci.digest_of(body), len(body), artifact_type=oci.NATIVE_ARTIFACT)
+    layout.refer(DOCUMENT.digest, Document(oci.OCI_INDEX, oci.digest_of(body), body), referrer)
+    assert Layout(tmp_path / "images", None).document("") == DOCUMENT
+
+
+# ---- repositories ---------------------------------------------------------------------------
+
+
+def test_a_registry_without_a_list_of_referrers_gets_one_under_a_tag(registry: Registry) -> None:
+    client = Client(registry.host, NOBODY)
+    repository = Repository(client, oci.Reference.parse(f"{registry.host}/team/app:one"))
+    repository.tag(DOCUMENT)
+    referrers = []
+    for name in ("x", "y", "x"):
+        body = oci.Index((), annotations={"name": name}).build()
+        referrer = oci.Descriptor(oci.OCI_INDEX, oci.digest_of(body), len(body), artifact_type=oci.NATIVE_ARTIFACT)
+        referrers.append(referrer.build())
+        repository.refer(DOCUMENT.digest, Document(oci.OCI_INDEX, oci.digest_of(body), body), referrer)
+    client.close()
+    assert _found(registry, DOCUMENT.digest.replace(":", "-")) == [referrers[1], referrers[0]]
+
+
+def test_a_digest_is_nothing_to_tag(registry: Registry) -> None:
+    client = Client(registry.host, NOBODY)
+    with pytest.raises(UsageError, match="want a tag"):
+        Repository(client, oci.Reference.parse(f"{registry.host}/team/app@{DIGEST}")).tag(DOCUMENT)
+    client.close()
+
+
+def _breaking(after: int) -> HttpServer:
+    """A registry whose every answer breaks after so many bytes."""
+
+    def answer(seen: Seen) -> Answer:
+        found = ranged(seen, CONTENT)
+        return Answer(found.status, found.headers, found.body, cut=after, ending=Ending.CLOSE)
+
+    return HttpServer(answer)
+
+
+def _stream(server: HttpServer) -> bytes:
+    client = Client(server.host, NOBODY, timeouts=Timeouts(stall=2.0))
+    try:
+        return _all(Repository(client, oci.Reference.parse(f"{server.host}/app:one")))
+    finally:
+        client.close()
+
+
+def test_a_stream_goes_on_where_its_connection_broke() -> None:
+    with _breaking(1_000_000) as server:
+        assert oci.digest_of(_stream(server)) == DIGEST
+    starts = [seen.range[0] for seen in server.seen if seen.range]
+    assert starts == [0, 1_000_000, 2_000_000, 3_000_000]
+
+
+def test_a_stream_that_gets_no_further_is_given_up() -> None:
+    with _breaking(0) as server, pytest.raises(SourceError):
+        _stream(server)
+    assert len(server.seen) == 2
+
+
+def test_a_registry_without_ranges_is_read_again_and_passed_over() -> None:
+    answers = iter([1_000_000, None])
+
+    def answer(seen: Seen) -> Answer:
+        return Answer(200, {"Content-Length": str(len(CONTENT))}, CONTENT, cut=next(answers), ending=Ending.RESET)
+
+    with HttpServer(answer) as server:
+        assert oci.digest_of(_stream(server)) == DIGEST
+
+
+def test_what_a_registry_refuses_is_not_asked_again() -> None:
+    with HttpServer(lambda seen: Answer(403)) as server, pytest.raises(AccessDenied):
+        _stream(server)
