@@ -7,6 +7,7 @@
     owner.log    what an owner started on demand has to say, and owner.log.1 before it
     blobs/       the cache (blockdev/cache.py)
     catalog/     what is known of images without their registries (blockdev/catalog.py)
+    converted/   which layers of the cache are conversions of what (blockdev/build/workshop.py)
     mounts/      an empty file for each mounted file system, under its FUSE file
 
 A root belongs to one uid. Everything but taking the lock may be done by clients too.
@@ -44,6 +45,7 @@ class Root:
         self.log = self.path / "owner.log"
         self.blobs = self.path / "blobs"
         self.catalog = self.path / "catalog"
+        self.converted = self.path / "converted"
         self.mounts = self.path / _MOUNTS
         self._lock_fd = -1
 

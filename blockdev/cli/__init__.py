@@ -41,6 +41,7 @@ _COMMANDS = {
     "commit": ("commit", "make a layer file of a writable layer"),
     "import": ("import_", "make a layer file of a raw disk"),
     "push": ("push", "push layer files to a registry as an image"),
+    "convert": ("convert", "convert an ordinary image to a block image"),
     "version": ("version", "print the version"),
 }
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finished layers of a conversion on their way: hashed, kept in the local cache, and brought to the target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import BinaryIO, Self
+
+from blockdev.build.depot import Blob, Depot, Read
+from blockdev.build.sourceimage import Archived, SourceImage
+from blockdev.build.workshop import Made, Workshop, Written
+from blockdev.staging import digest_of
+from formats import oci
+
+Progress = Callable[[str, int, int], None]  # "converted" or "pushed", bytes, bytes in all
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A layer that the target has."""
+
+    key: str
+    made: Made
+    source: str
+    reused: bool
+    sent: bool
+
+    def descriptor(self, file_system: str) -> oci.Descriptor:
+        given = oci.layer_annotations(self.made.digest, self.made.written.size, file_system)
+        annotations = given | self.made.written.annotations
+        return oci.Descriptor(oci.OCI_LAYER, self.made.digest, self.made.written.size, annotations)
+
+
+class _Cancelled(Exception):
+    """The conversion has ended: what is being sent is not wanted any more."""
+
+
+class Sending:
+    """Hashes, keeps and sends finished layers, one after the other, in a thread of its own."""
+
+    def __init__(self, source: Depot, target: Depot, workshop: Workshop, meter: Meter) -> None:
+        self.meter = meter
+        self._source = source
+        self._target = target
+        self._workshop = workshop
+        self._thread = ThreadPoolExecutor(1, "send")
+        self._futures: list[Future[Finished]] = []
+        self._cancelled = False
+
+    def send(self, key: str, layer: Archived, written: Written, file: BinaryIO) -> Future[Finished]:
+        """A layer that has just been made."""
+
+        def finish() -> Finished:
+            made = Made(digest_of(file.fileno(), "sha256"), written)
+            self._workshop.keep(key, made, file)
+            return self._put(key, layer, made, file)
+
+        return self._submit(finish)
+
+    def resend(self, key: str, layer: Archived, made: Made, file: BinaryIO) -> Future[Finished]:
+        """One that was made before."""
+        return self._submit(lambda: replace(self._put(key, layer, made, file), reused=True))
+
+    def check(self) -> None:
+        """Raise what has gone wrong so far."""
+        for future in self._futures:
+            if future.done():
+                future.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._cancelled = True
+        self._thread.shutdown(cancel_futures=True)
+
+    def _submit(self, finish: Callable[[], Finished]) -> Future[Finished]:
+        self._futures.append(self._thread.submit(finish))
+        return self._futures[-1]
+
+    def _put(self, key: str, layer: Archived, made: Made, file: BinaryIO) -> Finished:
+        size = made.written.size
+        self.meter.expect(size)
+
+        def tell(arrived: int) -> None:
+            if self._cancelled:
+                raise _Cancelled
+            self.meter.sent(arrived, size)
+
+        others = (self._source.name, *made.places)
+        sent = self._target.put_blob(Blob(made.digest, size, file.fileno()), tell, others)
+        self.meter.arrived(size)
+        file.close()
+        return Finished(key, made, layer.blob.digest, reused=False, sent=sent)
+
+
+class Meter:
+    """How far it is: bytes of the source that were read, then bytes of the result that were sent."""
+
+    def __init__(self, progress: Progress | None, images: Sequence[SourceImage]) -> None:
+        self._progress = progress or (lambda stage, done, total: None)
+        self._total = sum(layer.blob.size for image in images for layer in image.layers)
+        self._read = 0
+        self._before = 0  # read, of earlier layers
+        self._expected = self._sent = 0
+
+    def passed(self, layer: Archived) -> None:
+        """All of the layer counts as read."""
+        self._before += layer.blob.size
+        self._read = self._before
+        self._tell()
+
+    def counting(self, read: Read) -> Read:
+        def read_counted(length: int) -> bytes:
+            piece = read(length)
+            self._read += len(piece)
+            self._tell()
+            return piece
+
+        return read_counted
+
+    def expect(self, size: int) -> None:
+        self._expected += size
+
+    def sent(self, arrived: int, size: int) -> None:
+        if self._read == self._total:
+            self._progress("pushed", self._sent + arrived, self._expected)
+
+    def arrived(self, size: int) -> None:
+        self._sent += size
+
+    def _tell(self) -> None:
+        self._progress("converted", self._read, self._total)
