@@ -34,6 +34,8 @@ _COMMANDS = {
     "inspect": ("inspect", "what an image or layer file is made of"),
     "verify": ("verify", "read everything and check every checksum"),
     "export": ("export", "write an image as one raw disk"),
+    "ls": ("ls", "list what is in an image, without a mount"),
+    "cat": ("cat", "write files of an image to stdout, without a mount"),
     "fsck": ("fsck", "check what is in the cache, and repair it"),
     "cache": ("cache", "look at the cache, or empty it"),
     "daemon": ("daemon", "own the root in the foreground, or stop its owner"),
