@@ -21,11 +21,13 @@ from pathlib import Path
 
 from blockdev import entryfiles, staging
 from blockdev.config import Policy
-from blockdev.engine import Blob, Engine
+from blockdev.engine import EXTENT_SIZE, Blob, Engine
 from blockdev.entryfiles import EntryFiles, Found
 from blockdev.errors import CorruptImage, DeviceError, EngineError, from_os
 from blockdev.scan import is_bad
+from blockdev.units import UNIT_EXTENTS, Units
 from formats import presence
+from formats.digests import Place, Table
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class _Open:
     blob: Blob
     id: int
     sealed: int | None  # what had been taken away of the blob when it was verified; None: it was not
+    units: Units | None  # what its parts are held against
     users: int = 1
     checking: threading.Lock = field(default_factory=threading.Lock)
     findings: int = 0  # how often its digest has been compared, and what was wrong the last time
@@ -90,6 +93,18 @@ class Entry:
         thread is at it, its finding is taken.
         """
         self._cache._verify(self._state, reach, fetching=True)
+
+    @property
+    def units(self) -> Units | None:
+        """What the blob's parts are held against before they enter the cache; None: checksums alone."""
+        return self._state.units
+
+    def trust(self, load: Callable[[Units], Table]) -> None:
+        """Before its first use: have all that is here checked, if it was not held against the table when it came.
+
+        load() gets the table, if it takes that. What does not match, and parts of units, are taken away.
+        """
+        self._cache._trust(self._state, load)
 
     def verify_here(self) -> bool:
         """As verify(), but only if all of the blob is here now: False if not."""
@@ -146,29 +161,31 @@ class Cache:
         self._last_id = 0
         self._lock = threading.Lock()
 
-    def open(self, digest: str, size: int, policy: Policy) -> Entry:
+    def open(self, digest: str, size: int, policy: Policy, place: Place | None = None) -> Entry:
         """Use a blob, making its entry if there is none. Of several users, the last one's policy rules.
 
-        CorruptImage if the blob is known to have another size; DeviceError if a later version
-        of this program wrote the entry; AccessDenied or EngineError if it cannot be written.
+        place: of its digest table; then trust() comes before anything else. CorruptImage if the blob is
+        known to have another size or table; DeviceError if a later version of this program wrote the entry,
+        or if the blob is in use without its table; AccessDenied or EngineError if it cannot be written.
         """
-        entry = self._use(digest, size, policy)
+        entry = self._use(digest, size, policy, place)
         entry.blob.set_policy(policy)
         return entry
 
     def use(self, digest: str, size: int) -> Entry:
         """As open(), beside other users: their policy stays."""
-        return self._use(digest, size, Policy("eio"))
+        return self._use(digest, size, Policy("eio"), None)
 
-    def _use(self, digest: str, size: int, first_policy: Policy) -> Entry:
-        wanted = entryfiles.wanted(digest, size)
+    def _use(self, digest: str, size: int, first_policy: Policy, place: Place | None) -> Entry:
+        wanted = entryfiles.wanted(digest, size, place.digest if place else "")
         with self._lock:
             shared = self._open.get(digest)
             if shared:
                 entryfiles.check_size(shared.files.head, size)
+                _check_place(shared, place)
                 shared.users += 1
             else:
-                shared = self._open[digest] = self._open_files(wanted, first_policy)
+                shared = self._open[digest] = self._open_files(wanted, first_policy, place)
             return Entry(self, shared)
 
     def in_use(self, digest: str) -> Entry | None:
@@ -295,7 +312,7 @@ class Cache:
 
     # ---- open entries ----
 
-    def _open_files(self, wanted: presence.Head, policy: Policy) -> _Open:
+    def _open_files(self, wanted: presence.Head, policy: Policy, place: Place | None) -> _Open:
         with ExitStack() as undo:
             files = EntryFiles.open(self._blobs, wanted)
             undo.callback(files.close)
@@ -308,6 +325,7 @@ class Cache:
                 table_offset=presence.TABLE_OFFSET,
                 seal_offset=presence.SEAL_OFFSET,
                 policy=policy,
+                unit=UNIT_EXTENTS if place else 1,
             )
             undo.callback(blob.close)
             sealed = files.head.verified
@@ -316,7 +334,8 @@ class Cache:
                 files.break_seal()
                 sealed = False
             undo.pop_all()
-        return _Open(files, blob, self._last_id, 0 if sealed else None)
+        units = Units(wanted.blob_digest, place, blob, files.read) if place else None
+        return _Open(files, blob, self._last_id, 0 if sealed else None, units)
 
     def _leave(self, shared: _Open) -> bool:
         with self._lock:
@@ -327,6 +346,23 @@ class Cache:
             shared.blob.close()
             shared.files.close()
             return True
+
+    def _trust(self, shared: _Open, load: Callable[[Units], Table]) -> None:
+        units = shared.units
+        with shared.checking:
+            if units is None or shared.files.head.table == units.place.digest:
+                return
+            table = load(units)
+            digest, size = shared.files.head.blob_digest, shared.blob.size
+            bad = list(units.bad_spans(table, entryfiles.read_table(shared.files.map_fd, size)))
+            for offset, length in bad:
+                shared.blob.drop(offset, length)
+            left = entryfiles.read_table(shared.files.map_fd, size)
+            if any(any(left[offset // EXTENT_SIZE :][:UNIT_EXTENTS]) for offset, _ in bad):
+                raise DeviceError(f"check blob: {digest}: what is wrong in the cache cannot be taken away")
+            shared.files.sync()
+            shared.files.write_table(units.place.digest)
+            log.info("blob checked against its digest table digest=%s dropped=%d", digest, len(bad))
 
     def _verify(self, shared: _Open, reach: Callable[[int], None] | None, *, fetching: bool) -> bool:
         seen = shared.findings  # before anything else: a blob that is dropped from now on is so by a finding
@@ -355,6 +391,16 @@ class Cache:
         dropped = _drop_all(shared.blob)
         log.error("blob dropped digest=%s extents=%d: its content has digest %s", digest, dropped, found)
         return f"verify blob: {digest}: offset 0: the content's digest is {found}"
+
+
+def _check_place(shared: _Open, place: Place | None) -> None:
+    digest = shared.files.head.blob_digest
+    if place is None or shared.verified:
+        return
+    if shared.units is None:
+        raise DeviceError(f"open blob: {digest}: it is in use by who does not check it: end that first")
+    if shared.units.place != place:
+        raise CorruptImage(f"open blob: {digest}: offset {place.offset}: two images promise different digest tables")
 
 
 def _seal(shared: _Open, before: int) -> bool:

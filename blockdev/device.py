@@ -151,6 +151,7 @@ class Device:
             "reason": f"{missing} of {len(stats)} blobs still in the registry" if missing else "every blob is here",
             "size": self.size,
             "writable": self.stack.writable,
+            "checked": self.stack.checked,
             "blob_bytes": size,
             "local_bytes": present,
             "fetched_bytes": sum(stat.fetched_bytes for stat in stats),

@@ -20,7 +20,7 @@ from blockdev._native import ffi, lib
 from blockdev.config import Policy
 from blockdev.errors import BlockdevError, CorruptImage, EngineError, SourceError
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 EXTENT_SIZE: int = lib.OB_EXTENT_SIZE
 LAYERS_MAX: int = lib.OB_LAYERS_MAX
 
@@ -303,7 +303,10 @@ class Refusal:
 
 
 class Fetch:
-    """A missing range on loan: fill buffer, advance as it fills, finish once."""
+    """A missing range on loan: fill buffer, advance as it fills, finish once.
+
+    `held`: get() advances nothing; whoever set it looks at what has come, `filled` bytes, and advances.
+    """
 
     def __init__(self, pointer: Any) -> None:
         self._pointer = pointer
@@ -312,6 +315,8 @@ class Fetch:
         self.length: int = pointer.length
         self.priority = Priority(pointer.priority)
         self.attempt: int = pointer.attempt
+        self.held = False
+        self.filled = 0
         self.buffer = memoryview(ffi.buffer(pointer.buffer, pointer.length))
 
     def advance(self, filled: int) -> None:
@@ -321,7 +326,9 @@ class Fetch:
     def get(self, target: HttpTarget, *, timeout: float) -> Refusal | None:
         """Fill all that is not advanced yet with one GET; None: that is done. SourceError keeps what was advanced."""
         out = ffi.new("ob_http_answer *")
-        if _check(lib.ob_fetch_http(self._pointer, target._struct, int(timeout * 1e9), out)):
+        status = lib.ob_fetch_http(self._pointer, target._struct, int(timeout * 1e9), self.held, out)
+        self.filled = out.filled
+        if _check(status):
             return None
         return Refusal(out.status, ffi.string(out.retry_after).decode("latin-1"))
 
@@ -459,7 +466,16 @@ class Engine(_Handle):
         return Blob(out[0], size)
 
     def open_cached(
-        self, data_fd: int, map_fd: int, *, id: int, size: int, table_offset: int, policy: Policy, seal_offset: int = 0
+        self,
+        data_fd: int,
+        map_fd: int,
+        *,
+        id: int,
+        size: int,
+        table_offset: int,
+        policy: Policy,
+        seal_offset: int = 0,
+        unit: int = 1,
     ) -> Blob:
         """A cache entry; both descriptors are duplicated. Offsets are of the map (native/ob.h, ob_blob_config)."""
         fields = {
@@ -469,6 +485,7 @@ class Engine(_Handle):
             "seal_offset": seal_offset,
             "policy": _POLICY[policy.mode],
             "policy_ns": int(policy.seconds * 1e9),
+            "unit": unit,
         }
         out = ffi.new("ob_blob **")
         _check(lib.ob_blob_open_cached(self._handle, data_fd, map_fd, ffi.new("ob_blob_config *", fields), out))

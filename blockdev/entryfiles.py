@@ -14,7 +14,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blockdev.errors import CorruptImage, DeviceError, UsageError, from_os
@@ -68,13 +68,32 @@ class EntryFiles:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             for file in (path, map_of(path)):
                 fds.append(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-            return cls(path, fds[0], fds[1], _claim(wanted, fds[0], fds[1]))
+            files = cls(path, fds[0], fds[1], _claim(wanted, fds[0], fds[1]))
+            files._agree(wanted.table)
+            return files
         except BaseException as error:
             for fd in fds:
                 os.close(fd)
             if isinstance(error, OSError):
                 raise from_os("open cache entry", error, str(path)) from error
             raise
+
+    def _agree(self, table: str) -> None:
+        """Have the map say what its extents are held against from now on, where those that are here allow it.
+
+        Those of a sealed blob are right whatever they were held against.
+        """
+        if self.head.table == table:
+            return
+        if not table or self.head.verified or not any(read_table(self.map_fd, self.head.size)):
+            self.write_table(table)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """What the data file holds there, which may be nothing yet."""
+        try:
+            return os.pread(self.data_fd, length, offset)
+        except OSError as error:
+            raise from_os("read cache entry", error, str(self._path)) from error
 
     def sync(self) -> None:
         """All that is in the files, and the files' names, are on the disk."""
@@ -89,16 +108,24 @@ class EntryFiles:
 
     def write_seal(self) -> None:
         """Say durably that the blob is whole and its digest right. sync() comes before."""
-        head = presence.Head(self.head.blob_digest, self.head.size, verified=True)
-        self._write_word(head.build()[presence.SEAL_OFFSET :])
+        self._write(replace(self.head, verified=True).build()[presence.SEAL_OFFSET :], presence.SEAL_OFFSET)
 
     def break_seal(self) -> None:
         """Say durably that nothing is known of the blob as a whole."""
-        self._write_word(_BROKEN)
+        self._write(_BROKEN, presence.SEAL_OFFSET)
 
-    def _write_word(self, word: bytes) -> None:
+    def write_table(self, table: str) -> None:
+        """Say durably what the extents that are here were held against, and those that come will be.
+
+        While no engine has the map, or before the blob is sealed.
+        """
+        head = replace(self.head, table=table)
+        self._write(head.build(), 0)
+        self.head = head
+
+    def _write(self, content: bytes, place: int) -> None:
         try:
-            os.pwrite(self.map_fd, word, presence.SEAL_OFFSET)
+            os.pwrite(self.map_fd, content, place)
             os.fsync(self.map_fd)
         except OSError as error:
             raise from_os("mark blob", error, str(self._path)) from error
@@ -109,9 +136,9 @@ class EntryFiles:
         os.close(self.map_fd)
 
 
-def wanted(digest: str, size: int) -> presence.Head:
+def wanted(digest: str, size: int, table: str = "") -> presence.Head:
     """The head of a blob's entry. UsageError if that is no digest, or no size."""
-    head = presence.Head(digest, size, verified=False)
+    head = presence.Head(digest, size, verified=False, table=table)
     try:
         head.build()
     except FormatError as error:

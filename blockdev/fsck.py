@@ -207,21 +207,32 @@ class Fsck:
         return replace(one, state="repaired")
 
     def _refetch(self, entry: Entry, bad: Sequence[Finding], refetch: Refetch, undo: ExitStack) -> None:
+        ranges = [
+            (offset, min(_RANGE, one.offset + one.length - offset))
+            for one in bad
+            for offset in range(one.offset, one.offset + one.length, _RANGE)
+        ]
+        if entry.units:  # somebody has it open with its digest table, and a source: what comes is checked on its way
+            for offset, length in ranges:
+                entry.blob.read_into(offset, bytearray(length))
+        else:
+            self._store(entry, ranges, refetch, undo)
+        if entry.complete:
+            entry.verify()
+
+    def _store(self, entry: Entry, ranges: Sequence[tuple[int, int]], refetch: Refetch, undo: ExitStack) -> None:
         place = self._catalog.place(entry.digest)
         if place is None:
             raise NotFound(f"fetching a blob again failed: {entry.digest}: where it came from is not known")
         source = Retrying(refetch.source_of(place, NamedBlob(entry.digest, entry.blob), undo), refetch.backoff)
-        for one in bad:
-            for offset in range(one.offset, one.offset + one.length, _RANGE):
-                buffer = memoryview(bytearray(min(_RANGE, one.offset + one.length - offset)))
-                deadline = time.monotonic() + (refetch.policy.seconds or _FOR_EVER)
-                try:
-                    source.read_into(offset, buffer, deadline=deadline, progress=lambda filled: None)
-                    entry.blob.store(offset, buffer)
-                except Spilled:  # all of the blob came, and went where it belongs
-                    continue
-        if entry.complete:
-            entry.verify()
+        for offset, length in ranges:
+            buffer = memoryview(bytearray(length))
+            deadline = time.monotonic() + (refetch.policy.seconds or _FOR_EVER)
+            try:
+                source.read_into(offset, buffer, deadline=deadline, progress=lambda filled: None)
+                entry.blob.store(offset, buffer)
+            except Spilled:  # all of the blob came, and went where it belongs
+                continue
 
 
 def _drop(entry: Entry, bad: Finding) -> None:

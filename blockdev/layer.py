@@ -22,6 +22,9 @@ from formats import lsmt, tar, zfile
 from formats.errors import FormatError
 from formats.readat import Window
 
+SHA256 = "sha256"  # of each part, which the image's manifest vouches for
+CRC_ONLY = "crc only"  # what has rotted shows, what was altered on purpose does not
+
 log = logging.getLogger(__name__)
 
 # A layer's tables are at its end: the jump table takes 1/1000 of the plain size, the index less.
@@ -36,11 +39,13 @@ class NamedBlob(NamedTuple):
     """A blob and what messages call it: its path or its digest. Whoever opened it closes it.
 
     `doubtful`: its digest has not been checked, so that what came of it may not be what it is.
+    `checked`: by what its parts are, when they come: SHA256 or CRC_ONLY.
     """
 
     name: str
     blob: Blob
     doubtful: bool = False
+    checked: str = CRC_ONLY
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from blockdev.control import member
 from blockdev.errors import AccessDenied, BlockdevError, CorruptImage, EngineError, NotFound, UsageError
 from blockdev.upper import lock
 from formats import imagespec, layout, oci
+from formats.digests import Place
 from formats.errors import FormatError
 
 LAYOUT_PREFIX = "oci:"
@@ -214,8 +215,8 @@ def _locate_layout(origin: Origin, place: str) -> None:
         if isinstance(manifest, oci.Index):
             raise FormatError("an index of indexes of indexes")
         origin.layers = [
-            _open_part(origin, f"{directory}/{layout.blob_path(digest)}", digest, size)
-            for digest, size in block_layers(origin.name, manifest)
+            _open_part(origin, f"{directory}/{layout.blob_path(layer.digest)}", layer.digest, layer.size)
+            for layer in block_layers(origin.name, manifest)
         ]
     except FormatError as error:
         raise CorruptImage(f"reading an image layout failed: {directory}: {error}") from None
@@ -233,8 +234,16 @@ def own_platform() -> oci.Platform:
     return oci.Platform.of_machine(os.uname().machine)
 
 
-def block_layers(name: str, manifest: oci.Manifest) -> list[tuple[str, int]]:
-    """Digest and size of the blobs that hold an image's blocks, bottom first.
+class BlockLayer(NamedTuple):
+    """A blob that holds blocks. place: of its digest table, if it has one."""
+
+    digest: str
+    size: int
+    place: Place | None = None
+
+
+def block_layers(name: str, manifest: oci.Manifest) -> list[BlockLayer]:
+    """The blobs that hold an image's blocks, bottom first.
 
     UsageError for images of another kind; `name` is what the user called this one.
     """
@@ -243,7 +252,12 @@ def block_layers(name: str, manifest: oci.Manifest) -> list[tuple[str, int]]:
         raise UsageError(f"opening the image failed: {name}: TurboOCI layers are not supported")
     if layers and all(layer.media_type.endswith(("gzip", "zstd")) and not oci.is_overlaybd(layer) for layer in layers):
         raise UsageError(f"opening the image failed: {name}: an ordinary image, its layers are archives, not blocks")
-    return [(oci.layer_digest(layer), oci.layer_size(layer)) for layer in layers]
+    return [_block_layer(layer) for layer in layers]
+
+
+def _block_layer(layer: oci.Descriptor) -> BlockLayer:
+    size = oci.layer_size(layer)
+    return BlockLayer(oci.layer_digest(layer), size, Place.of(layer.annotations, size))
 
 
 def _read_document(path: str) -> bytes:

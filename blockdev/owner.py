@@ -13,8 +13,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from blockdev.catalog import Catalog, Place
 from blockdev.config import Policy
 from blockdev.device import Device, NbdTransport
 from blockdev.engine import Engine, Event, EventKind
-from blockdev.errors import DeviceError, UsageError
+from blockdev.errors import DeviceError, SourceError, UsageError
 from blockdev.fetch.pull import Progress as PullProgress
 from blockdev.fetch.pull import Pull, Pulled
 from blockdev.fsck import Check, Finding, Fsck, Refetch, Repair, Report
@@ -80,7 +80,9 @@ class Owner:
         with ExitStack() as undo:
             blobs = self._open_lowers(origin, access, policy, undo, note)
             upper = [open_part(self._engine, part, undo) for part in origin.upper]
-            image = open_image(self._engine, blobs, (upper[0], upper[1]) if upper else None, writable=origin.writable)
+            pair = (upper[0], upper[1]) if upper else None
+            with self._telling_why(blobs):
+                image = open_image(self._engine, blobs, pair, writable=origin.writable)
             return Stack(origin, image, [*blobs, *upper], undo.pop_all(), remark="; ".join(remarks))
 
     def verify(self, stack: Stack, progress: Progress) -> list[Verified]:
@@ -112,8 +114,17 @@ class Owner:
             pull = Pull(origin.name, list(entries.values()), self._supply, policy)
             if progress:
                 pull.complete(progress, self._stopping)
-            open_image(self._engine, blobs).close()
+            with self._telling_why(blobs):
+                open_image(self._engine, blobs).close()
             return pull.result()
+
+    @contextmanager
+    def _telling_why(self, blobs: Sequence[NamedBlob]) -> Iterator[None]:
+        """Opening needs what does not come: say so if it came, and was not what the manifest says."""
+        try:
+            yield
+        except SourceError as error:
+            raise self._supply.corrupt(blobs) or error from error
 
     def _open_lowers(
         self, origin: Origin, access: Mapping[str, Any], policy: Policy, undo: ExitStack, tell: Tell

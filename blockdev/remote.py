@@ -23,15 +23,14 @@ from blockdev.cache import Cache
 from blockdev.catalog import Catalog, Place
 from blockdev.config import Policy
 from blockdev.control import member
-from blockdev.engine import Blob
 from blockdev.errors import BlockdevError, CorruptImage, NotFound, SourceError, UsageError
 from blockdev.layer import NamedBlob
-from blockdev.origin import Part, block_layers, own_platform
+from blockdev.origin import BlockLayer, Part, block_layers, own_platform
 from blockdev.registry.client import Client
 from blockdev.registry.credentials import Provider
 from blockdev.source.blob import RegistryBlob
 from blockdev.source.retrying import patiently
-from blockdev.supply import Supply
+from blockdev.supply import Into, Supply
 from formats.errors import FormatError
 from formats.oci import DOCUMENT_SIZE_MAX, Descriptor, Index, Manifest, Reference, parse_manifest
 
@@ -70,7 +69,7 @@ class _Image:
     """What a reference stands for now: documents by digest, the topmost first."""
 
     manifest: Manifest
-    layers: list[tuple[str, int]]  # digest and size
+    layers: list[BlockLayer]
     documents: dict[str, bytes]
     fetched: bool  # some of them now
     tag_asked: bool  # the registry has said now what the tag stands for
@@ -127,7 +126,7 @@ class Remotes:
         place = Place(reference.registry, reference.repository, asked.plain_http)
         blobs = [self.open_blob(client, place, blob, policy, undo) for blob in image.layers]
         # Only now: the blobs are in use, so a prune knows that these are needed.
-        self._catalog.note_place(place, [digest for digest, _ in image.layers])
+        self._catalog.note_place(place, [layer.digest for layer in image.layers])
         self._catalog.keep(image.documents)
         if image.tag_asked:
             self._catalog.see(str(reference), next(iter(image.documents)))
@@ -142,26 +141,26 @@ class Remotes:
         place = Place(registry, repository, asked.plain_http or plain_http)
         client = self.client(registry, replace(asked, plain_http=place.plain_http), undo)
         size = part.size or self._cache.size_of(part.digest) or client.blob_size(repository, part.digest)
-        blob = self.open_blob(client, place, (part.digest, size), policy, undo)
+        blob = self.open_blob(client, place, BlockLayer(part.digest, size), policy, undo)
         self._catalog.note_place(place, [part.digest])
         return blob
 
     def open_blob(
-        self, client: Client, place: Place, blob: tuple[str, int], policy: Policy, undo: ExitStack
+        self, client: Client, place: Place, layer: BlockLayer, policy: Policy, undo: ExitStack
     ) -> NamedBlob:
-        """A blob, by digest and size, that fills from a repository."""
-        digest, size = blob
+        """A blob that fills from a repository."""
 
-        def source_of(blob: Blob, undo: ExitStack) -> RegistryBlob:
-            return _source(client, place, NamedBlob(digest, blob), undo)
+        def source_of(into: Into, undo: ExitStack) -> RegistryBlob:
+            return _source(client, place, layer, into, undo)
 
-        return self._supply.open(digest, size, policy, source_of, undo)
+        return self._supply.open(layer.digest, layer.size, policy, source_of, undo, layer.place)
 
     def source(self, access: Mapping[str, Any], place: Place, blob: NamedBlob, undo: ExitStack) -> RegistryBlob:
         """Where the bytes of an open blob can be had, for whoever wants them at once."""
         asked = Access.from_wire(access)
         asked = replace(asked, plain_http=asked.plain_http or place.plain_http)
-        return _source(self.client(place.registry, asked, undo), place, blob, undo)
+        layer = BlockLayer(blob.name, blob.blob.size)
+        return _source(self.client(place.registry, asked, undo), place, layer, blob.blob, undo)
 
     # ---- documents ----
 
@@ -221,8 +220,8 @@ class Remotes:
                 log.warning("config not kept image=%s: %s", reference, error)
 
 
-def _source(client: Client, place: Place, blob: NamedBlob, undo: ExitStack) -> RegistryBlob:
-    source = RegistryBlob(client, place.repository, blob.name, blob.blob.size, blob.blob.store)
+def _source(client: Client, place: Place, layer: BlockLayer, into: Into, undo: ExitStack) -> RegistryBlob:
+    source = RegistryBlob(client, place.repository, layer.digest, layer.size, into.store)
     undo.callback(source.close)
     return source
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 from blockdev.build.verify import Progress, Verified, verify_layer
 from blockdev.engine import BlobStat, Engine
 from blockdev.image import OpenImage, open_image
-from blockdev.layer import NamedBlob
+from blockdev.layer import CRC_ONLY, SHA256, NamedBlob
 from blockdev.origin import Origin, Part
 
 
@@ -40,7 +40,10 @@ class Stack:
 
     def describe(self) -> dict[str, Any]:
         """The image and its layers as JSON values; sizes in bytes."""
+        checked = [named.checked for named in self._lowers]
         layers = [layer.describe() for layer in self.image.layers]
+        for layer, how in zip(layers, checked, strict=False):  # one more is of the upper
+            layer["checked"] = how
         return {"image": self.name, "size": self.image.size, "layers": layers}
 
     def verify(self, engine: Engine, progress: Progress) -> list[Verified]:
@@ -49,6 +52,11 @@ class Stack:
         for named, digest in zip(self._lowers, self._digests, strict=True):
             verified.append(verify_layer(engine, named, digest or None, progress))
         return verified
+
+    @property
+    def checked(self) -> str:
+        """By what the parts of its lower layers are checked, all of them."""
+        return SHA256 if all(named.checked == SHA256 for named in self._lowers) else CRC_ONLY
 
     def stats(self) -> list[BlobStat]:
         """The numbers of each blob, in the order of blobs; none once it is closed."""

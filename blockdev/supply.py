@@ -12,20 +12,36 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from typing import Protocol
 
 from blockdev.cache import Cache, Entry
 from blockdev.config import Policy
-from blockdev.engine import Blob, Engine, EngineStopped
-from blockdev.errors import BlockdevError
+from blockdev.engine import Engine, EngineStopped
+from blockdev.errors import BlockdevError, CorruptImage
 from blockdev.fetch.pool import Pool
-from blockdev.layer import NamedBlob
+from blockdev.layer import CRC_ONLY, SHA256, NamedBlob
 from blockdev.registry.backoff import Backoff
 from blockdev.source import Source
+from blockdev.source.retrying import Retrying
+from blockdev.units import Checked
+from formats.digests import Place
+
+PATIENCE = 60.0  # seconds for a digest table that must come before anything else, under the policy `hang`
 
 log = logging.getLogger(__name__)
+
+
+class Into(Protocol):
+    """Who takes bytes of a blob that nobody asked for: the blob, or its units."""
+
+    def store(self, offset: int, content: memoryview) -> int: ...
+
+
+SourceOf = Callable[[Into, ExitStack], Source]
 
 
 class Supply:
@@ -44,14 +60,27 @@ class Supply:
         self._verifier = threading.Thread(target=self._verify_all, name="verify-0", daemon=True)
 
     def open(
-        self, digest: str, size: int, policy: Policy, source_of: Callable[[Blob, ExitStack], Source], undo: ExitStack
+        self,
+        digest: str,
+        size: int,
+        policy: Policy,
+        source_of: SourceOf,
+        undo: ExitStack,
+        place: Place | None = None,
     ) -> NamedBlob:
-        """The blob with this digest; `undo` gives it back. source_of(blob, undo) says where its bytes
-        come from: of several users of a blob, the last one's source and policy rule."""
+        """The blob with this digest; `undo` gives it back. source_of(into, undo) says where its bytes
+        come from, and puts what came unasked into `into`: of several users of a blob, the last one's
+        source and policy rule.
+
+        place: of the table that all of it is held against. If something is here already that was not, this waits
+        for the table, as long as the policy does.
+        """
         with self._lock:
-            entry = self._cache.open(digest, size, policy)
+            entry = self._cache.open(digest, size, policy, place)
+            units = entry.units
             try:
-                source = source_of(entry.blob, undo)
+                origin = source_of(units or entry.blob, undo)
+                source = Checked(origin, units) if units else origin
             except BaseException:
                 entry.close()
                 raise
@@ -60,9 +89,12 @@ class Supply:
             self._digests[entry.id] = digest
             self._pool.attach(entry.id, entry.blob, source)
             self._start()
-            if entry.complete and not entry.verified:
-                self._whole.put(entry.id)
-        return NamedBlob(digest, entry.blob, doubtful=not entry.verified)
+        patient = Retrying(origin, self.backoff)
+        entry.trust(lambda units: units.load(patient, time.monotonic() + (policy.seconds or PATIENCE)))
+        if entry.complete and not entry.verified:
+            self._whole.put(entry.id)
+        checked = SHA256 if units or entry.verified else CRC_ONLY
+        return NamedBlob(digest, entry.blob, doubtful=checked == CRC_ONLY, checked=checked)
 
     def _leave(self, entry: Entry, source: Source) -> None:
         with self._lock:
@@ -94,6 +126,14 @@ class Supply:
         """Digest of an open blob, and why its last fetch failed; "" for what is not so."""
         with self._lock:
             return self._digests.get(id, ""), str(self._pool.failure(id) or "")
+
+    def corrupt(self, blobs: Iterable[NamedBlob]) -> CorruptImage | None:
+        """Why the last fetch of one of these failed, if what came was not what the image's manifest says."""
+        names = {named.name for named in blobs}
+        with self._lock:
+            ids = [id for id, digest in self._digests.items() if digest in names]
+        errors = (self._pool.failure(id) for id in ids)
+        return next((error for error in errors if isinstance(error, CorruptImage)), None)
 
     def error(self, id: int) -> BlockdevError | None:
         """Why the last fetch of a blob failed; None if it did not."""

@@ -23,13 +23,16 @@ TABLE_OFFSET = 4096  # own page: a torn write of the head leaves the table alone
 EXTENT_SIZE = 65536
 SEAL_OFFSET = HEAD_SIZE - 4
 SEAL_SIZE = 4
-VERSION = 2
+VERSION = 3  # of maps that say what their extents were held against; the others are written as ...
+VERSION_UNCHECKED = 2  # ... what it was before, so that an older program takes them
 
 _MAGIC = b"OCIBLKPM"
 _CRC_OFFSET = SEAL_OFFSET - 4
 _SIZE_LIMIT = 1 << 63  # file offsets are signed
 _DIGEST_SIZE = 144  # "sha512:" and 128 hex digits fit
 _DIGEST = re.compile(r"[a-z0-9]+(?:[+._-][a-z0-9]+)*:[0-9a-f]{32,128}")
+_TABLE_SIZE = 32  # of a sha256
+_TABLE = re.compile(r"sha256:[0-9a-f]{64}|")
 
 _HEAD = c.Struct(
     "magic" / c.Bytes(8),
@@ -37,7 +40,8 @@ _HEAD = c.Struct(
     "extent_size" / c.Int32ul,
     "size" / c.Int64ul,
     "digest" / c.Bytes(_DIGEST_SIZE),
-    c.Padding(_CRC_OFFSET - 168),
+    "table" / c.Bytes(_TABLE_SIZE),
+    c.Padding(_CRC_OFFSET - 168 - _TABLE_SIZE),
     "crc" / c.Int32ul,
     "seal" / c.Int32ul,
 )
@@ -49,11 +53,16 @@ class NewerVersion(FormatError):
 
 @dataclass(frozen=True)
 class Head:
-    """Whose map this is. `verified`: the whole blob is there and its digest matched, says the seal."""
+    """Whose map this is. `verified`: the whole blob is there and its digest matched, says the seal.
+
+    table: the digest of the table (formats/digests.py) that all of its extents were held against
+    before they were entered, "" if they were held against none.
+    """
 
     blob_digest: str
     size: int
     verified: bool
+    table: str = ""
 
     def build(self) -> bytes:
         """HEAD_SIZE bytes. FormatError if the digest or the size cannot be written."""
@@ -61,12 +70,15 @@ class Head:
             raise FormatError(f"not a digest: {self.blob_digest!r}")
         if not 0 <= self.size < _SIZE_LIMIT:
             raise FormatError(f"impossible blob size {self.size}")
+        if not _TABLE.fullmatch(self.table):
+            raise FormatError(f"not the sha256 of a table: {self.table!r}")
         fields = {
             "magic": _MAGIC,
-            "version": VERSION,
+            "version": VERSION if self.table else VERSION_UNCHECKED,
             "extent_size": EXTENT_SIZE,
             "size": self.size,
             "digest": self.blob_digest.encode().ljust(_DIGEST_SIZE, b"\0"),
+            "table": bytes.fromhex(self.table.partition(":")[2]).ljust(_TABLE_SIZE, b"\0"),
             "crc": 0,
             "seal": 0,
         }
@@ -87,14 +99,15 @@ class Head:
             raise FormatError("presence map head fails its checksum", _CRC_OFFSET)
         if fields.version > VERSION:
             raise NewerVersion(f"presence map version {fields.version}, this program knows {VERSION}", 8)
-        if fields.version != VERSION:
+        if fields.version < VERSION_UNCHECKED:
             raise FormatError(f"presence map version {fields.version} is too old", 8)
         if fields.extent_size != EXTENT_SIZE:
             raise FormatError(f"presence map has extents of {fields.extent_size} bytes, not {EXTENT_SIZE}", 12)
         digest = fields.digest.rstrip(b"\0").decode("latin-1")
         if not _DIGEST.fullmatch(digest) or fields.size >= _SIZE_LIMIT:
             raise FormatError("presence map names no blob", 16)
-        return cls(digest, fields.size, fields.seal == _seal(fields.crc))
+        table = f"sha256:{fields.table.hex()}" if fields.version == VERSION else ""
+        return cls(digest, fields.size, fields.seal == _seal(fields.crc), table)
 
 
 def _seal(crc: int) -> int:

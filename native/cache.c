@@ -166,6 +166,8 @@ int ob_blob_open_cached(struct ob_engine *engine, int data_fd, int map_fd, const
 	if (config->size > BLOB_SIZE_MAX)
 		return status_set(EFBIG, "open blob: size %llu: more than %llu", (unsigned long long)config->size,
 		                  (unsigned long long)BLOB_SIZE_MAX);
+	if (config->unit > OB_UNIT_MAX)
+		return status_set(EINVAL, "open blob: unit of %u extents: more than %d", config->unit, OB_UNIT_MAX);
 	blob = blob_new(engine, data_fd, config->size);
 	if (!blob)
 		return status_set(errno ? errno : ENOMEM, "open blob: cache file: errno %d", errno);
@@ -174,6 +176,7 @@ int ob_blob_open_cached(struct ob_engine *engine, int data_fd, int map_fd, const
 	blob->seal_offset = config->seal_offset;
 	blob->policy = config->policy;
 	blob->policy_ns = (int64_t)config->policy_ns;
+	blob->unit = config->unit ? config->unit : 1;
 	blob->extents = (config->size + OB_EXTENT_SIZE - 1) / OB_EXTENT_SIZE;
 	blob->state = calloc(blob->extents + 1, sizeof(*blob->state));
 	blob->map_fd = fcntl(map_fd, F_DUPFD_CLOEXEC, 3);

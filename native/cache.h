@@ -25,6 +25,7 @@
 
 #include "fetch.h"
 #include "ob.h"
+#include "round.h"
 
 enum {
 	EXTENT_ABSENT = 0, EXTENT_FETCHING = 1, EXTENT_RESIDENT = 2, EXTENT_STORING = 3, EXTENT_PRESENT = 4,
@@ -57,6 +58,7 @@ struct ob_blob {
 	/* cached blobs only */
 	uint64_t table_offset, seal_offset;
 	uint64_t extents;
+	uint64_t unit;           /* extents fetched together; >= 1 */
 	_Atomic uint32_t *state;
 	const uint8_t *bytes;    /* the data file, mapped, or NULL: mapping.c */
 	struct ob_blob *next_mapped;
@@ -93,6 +95,17 @@ int blob_reject(struct ob_blob *blob, uint64_t offset, uint64_t length);
 static inline uint32_t extent_kind(const struct ob_blob *blob, uint64_t extent)
 {
 	return atomic_load_explicit(&blob->state[extent], memory_order_acquire) & EXTENT_KIND;
+}
+
+/* The unit an extent is in: its first one, and the first one behind it. */
+static inline uint64_t unit_start(const struct ob_blob *blob, uint64_t extent)
+{
+	return extent - extent % blob->unit;
+}
+
+static inline uint64_t unit_end(const struct ob_blob *blob, uint64_t extent)
+{
+	return min_u64(unit_start(blob, extent) + blob->unit, blob->extents);
 }
 
 /* Under the queue's lock. Keeps the pins and the flags but those in `clear`. */

@@ -15,7 +15,7 @@
 #include "status.h"
 
 enum {
-	FETCH_EXTENTS_MAX = 32,        /* 2 MiB: long enough that a round trip is paid seldom */
+	FETCH_EXTENTS_MAX = OB_UNIT_MAX, /* 2 MiB: long enough that a round trip is paid seldom */
 	BUFFER_SIZE = FETCH_EXTENTS_MAX * OB_EXTENT_SIZE,
 	KEPT_BYTES_MAX = 16 << 20      /* fetched but not cacheable (disk full): kept in memory */
 };
@@ -105,22 +105,34 @@ void fetch_unlock(struct fetch_queue *queue, struct parked *ready, struct fetch 
 
 /* ---- wanting ---- */
 
+/* The first of [start, end) that is of this kind, or (`is` 0) of another; `end` if there is none. */
+static uint64_t extent_search(const struct ob_blob *blob, uint64_t start, uint64_t end, uint32_t kind, int is)
+{
+	while (start < end && (extent_kind(blob, start) == kind) != is)
+		start++;
+	return start;
+}
+
 void fetch_missing(struct ob_blob *blob, uint64_t first, uint64_t last, int priority)
 {
-	for (uint64_t extent = first; extent <= last; extent++) {
+	for (uint64_t start = unit_start(blob, first), end; start <= last; start = end) {
 		struct fetch *fetch;
 
-		if (extent_kind(blob, extent) != EXTENT_ABSENT)
+		end = unit_end(blob, start);
+		if (extent_search(blob, start, end, EXTENT_ABSENT, 1) == end)
 			continue;
-		fetch = extent ? fetch_find(blob, extent - 1) : NULL;
+		fetch = start ? fetch_find(blob, start - 1) : NULL;
 		/* One that is queued and ends here takes it along, if there is room. */
 		if (!fetch || fetch->phase != FETCH_QUEUED || fetch->lent.priority != priority || fetch->not_before_ns ||
-		    fetch->first + fetch->count != extent || fetch->count == FETCH_EXTENTS_MAX)
-			fetch = fetch_new(blob, extent, priority);
+		    fetch->first + fetch->count != start || fetch->count + (end - start) > FETCH_EXTENTS_MAX)
+			fetch = fetch_new(blob, start, priority);
 		if (!fetch)
 			return; /* out of memory: the extents stay absent, waiters find no fetch */
-		extent_set(blob, extent, EXTENT_FETCHING, 0);
-		fetch->count++;
+		for (uint64_t extent = start; extent < end; extent++) {
+			if (extent_kind(blob, extent) == EXTENT_ABSENT)
+				extent_set(blob, extent, EXTENT_FETCHING, 0);
+		}
+		fetch->count += end - start;
 	}
 }
 
@@ -202,16 +214,29 @@ int fetch_past_policy(const struct ob_blob *blob, int64_t now)
 
 /* ---- the border ---- */
 
-/* Extents at either end that came by another way need not be fetched. 0: nothing is left.
+/* Units at either end that came by another way need not be fetched. 0: nothing is left.
  * (One that is being stored may still fail to be, so it stays.) */
 static int fetch_trim(struct fetch *fetch)
 {
-	while (fetch->count && extent_kind(fetch->blob, fetch->first) == EXTENT_PRESENT) {
-		fetch->first++;
-		fetch->count--;
+	const struct ob_blob *blob = fetch->blob;
+	uint64_t start = fetch->first, end = start + fetch->count;
+
+	while (start < end) {
+		uint64_t edge = min_u64(unit_end(blob, start), end);
+
+		if (extent_search(blob, start, edge, EXTENT_PRESENT, 0) < edge)
+			break;
+		start = edge;
 	}
-	while (fetch->count && extent_kind(fetch->blob, fetch->first + fetch->count - 1) == EXTENT_PRESENT)
-		fetch->count--;
+	while (start < end) {
+		uint64_t edge = max_u64(unit_start(blob, end - 1), start);
+
+		if (extent_search(blob, edge, end, EXTENT_PRESENT, 0) < end)
+			break;
+		end = edge;
+	}
+	fetch->first = start;
+	fetch->count = end - start;
 	return fetch->count != 0;
 }
 
@@ -346,6 +371,8 @@ static void fetch_write(struct fetch *fetch, uint64_t from, uint64_t to)
 
 		while (end < to && (extent_kind(blob, fetch->first + end) == EXTENT_RESIDENT) == resident)
 			end++;
+		/* Closed by whom this very thread has told: what follows is another opening's. */
+		resident = resident && atomic_load(&blob->users);
 		if (resident)
 			error = extents_write(blob, fetch->first + from, end - from, (uint8_t *)fetch->lent.buffer + from * OB_EXTENT_SIZE);
 		pthread_mutex_lock(&queue->lock);
@@ -377,6 +404,10 @@ int ob_fetch_advance(ob_fetch *lent, uint64_t filled)
 		                  (unsigned long long)lent->length);
 	to = filled == lent->length ? fetch->count : filled / OB_EXTENT_SIZE;
 	pthread_mutex_lock(&fetch->queue->lock);
+	if (!atomic_load(&blob->users)) {
+		fetch_unlock(fetch->queue, NULL, NULL);
+		return 0;
+	}
 	blob->failing_since = 0;
 	blob->down = 0;
 	blob->progress_ns = engine_now();
@@ -421,6 +452,18 @@ static void kept_add(struct fetch_queue *queue, struct fetch *fetch, struct fetc
 		kept_evict(queue, TAILQ_FIRST(&queue->kept), discarded);
 }
 
+/* By another thread than this. */
+static int blob_writing(const struct ob_blob *blob)
+{
+	struct fetch *fetch;
+
+	LIST_FOREACH(fetch, &blob->fetches, of_blob) {
+		if (fetch->writing && fetch != telling)
+			return 1;
+	}
+	return 0;
+}
+
 void fetch_forget(struct ob_blob *blob)
 {
 	struct fetch_queue *queue = &blob->engine->fetch;
@@ -434,6 +477,8 @@ void fetch_forget(struct ob_blob *blob)
 		if (fetch->phase == FETCH_KEPT)
 			kept_evict(queue, fetch, &discarded);
 	}
+	while (blob_writing(blob))
+		pthread_cond_wait(&queue->settled, &queue->lock);
 	fetch_unlock(queue, ready, discarded);
 }
 

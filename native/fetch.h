@@ -82,7 +82,8 @@ void fetch_queue_close(struct ob_engine *engine);
 /* Have what is missing of extents [first, last] fetched, on behalf of `parked` (NULL:
  * nobody waits). Sequential foreground readers get read-ahead. */
 void fetch_want(struct ob_blob *blob, uint64_t first, uint64_t last, int priority, struct parked *parked);
-/* The same, for read-ahead: extents [first, last] that nobody waits for yet. */
+/* The same, for read-ahead: extents [first, last] that nobody waits for yet. Whole units, of
+ * which it takes along what is there already: a unit can only be checked as a whole. */
 void fetch_missing(struct ob_blob *blob, uint64_t first, uint64_t last, int priority);
 /* The fetch that has yet to bring an extent, or NULL. */
 struct fetch *fetch_find(const struct ob_blob *blob, uint64_t extent);
@@ -106,7 +107,8 @@ void fetch_unlock(struct fetch_queue *queue, struct parked *ready, struct fetch 
 
 /* ---- no lock held ---- */
 
-/* Nobody uses the blob any more: forget what is queued for it. */
+/* Nobody uses the blob any more: forget what is queued for it. Waits for a write of its cache that
+ * is under way, and none comes later: whoever opens the entry next may believe what he has seen of it. */
 void fetch_forget(struct ob_blob *blob);
 
 /* http.c: close the connections that ob_fetch_http() keeps for this thread. */

@@ -67,6 +67,7 @@ struct transfer {
 	char wanted[80];          /* the Content-Range to be answered */
 	uint64_t filled;          /* of the lent buffer */
 	uint64_t header_bytes;
+	int hold;                 /* advance nothing */
 	int accepted, refused;    /* the headers are over, and the body is what was asked for; or is not */
 	const ob_http_target *target;
 	int64_t since_ns;         /* of the stall time that runs ... */
@@ -113,7 +114,7 @@ static size_t on_body(char *bytes, size_t unit, size_t count, void *argument)
 		return 0;
 	memcpy((uint8_t *)lent->buffer + transfer->filled, bytes, length);
 	transfer->filled += length;
-	if (transfer->filled == lent->length || transfer->filled / OB_EXTENT_SIZE > transfer->fetch->published)
+	if (!transfer->hold && (transfer->filled == lent->length || transfer->filled / OB_EXTENT_SIZE > transfer->fetch->published))
 		ob_fetch_advance(lent, transfer->filled);
 	return length;
 }
@@ -216,16 +217,16 @@ static const char *reason(CURLcode code)
 	}
 }
 
-int ob_fetch_http(ob_fetch *lent, const ob_http_target *target, int64_t timeout_ns, ob_http_answer *out)
+int ob_fetch_http(ob_fetch *lent, const ob_http_target *target, int64_t timeout_ns, int32_t hold, ob_http_answer *out)
 {
 	struct fetch *fetch = (struct fetch *)lent;
 	struct transfer transfer = { .fetch = fetch, .filled = fetch->published * OB_EXTENT_SIZE,
-	                             .target = target, .since_ns = engine_now() };
+	                             .hold = hold, .target = target, .since_ns = engine_now() };
 	long status = 0;
 	CURLcode code = handle_open() ? CURLE_OUT_OF_MEMORY : transfer_run(&transfer, target, timeout_ns);
 	int result = 0;
 
-	memset(out, 0, sizeof(*out));
+	*out = (ob_http_answer){ .filled = transfer.filled };
 	if (atomic_load(&fetch->blob->engine->stopped)) {
 		result = status_set(ESHUTDOWN, "%s: the engine is stopping", target->failed);
 	} else if (transfer.filled == lent->length) {

@@ -28,7 +28,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes; checked when the binding is imported. */
-#define OB_ABI_VERSION 3
+#define OB_ABI_VERSION 4
 uint32_t ob_abi_version(void);
 
 /* Text of the last failure in this thread: "what failed: which thing: why". Never NULL. */
@@ -76,7 +76,10 @@ int ob_event_next(ob_engine *engine, ob_event *out);
 
 typedef struct ob_blob ob_blob;
 
-enum { OB_EXTENT_SIZE = 65536 };      /* the cache's unit of presence */
+enum {
+	OB_EXTENT_SIZE = 65536,           /* the cache's unit of presence */
+	OB_UNIT_MAX = 32                  /* extents fetched together, at the most */
+};
 
 enum {
 	OB_POLICY_EIO = 0,    /* policy_ns runs from the source's first failure */
@@ -91,6 +94,8 @@ typedef struct {
 	uint64_t seal_offset;   /* of the map's word that is made 0, synced, before any extent is taken away; 0 = none */
 	int32_t policy;         /* OB_POLICY_* */
 	uint64_t policy_ns;
+	uint32_t unit;          /* extents fetched together, none without the others: what is missing is asked for
+	                           in whole units. 0 and 1: each for itself */
 } ob_blob_config;
 
 typedef struct {
@@ -112,6 +117,8 @@ int ob_blob_open_local(ob_engine *engine, int fd, uint64_t size, ob_blob **out);
  * whose head the caller has checked. Both descriptors are duplicated. One ob_blob per
  * cache entry at a time: the caller holds the root's lock. */
 int ob_blob_open_cached(ob_engine *engine, int data_fd, int map_fd, const ob_blob_config *config, ob_blob **out);
+/* With the last handle and file of a cached blob, a write of its cache under way is waited for; none
+ * comes later. */
 void ob_blob_close(ob_blob *blob);
 /* Blocks. Exactly length bytes or an error; past the end is -EINVAL. */
 int ob_blob_read(ob_blob *blob, uint64_t offset, void *buffer, uint64_t length);
@@ -136,8 +143,8 @@ enum { OB_FOREGROUND = 0, OB_PREFETCH = 1, OB_BULK = 2 };
  * thread may work on a fetch. */
 typedef struct {
 	uint64_t blob_id;
-	uint64_t offset;      /* multiple of OB_EXTENT_SIZE */
-	uint64_t length;      /* multiple of OB_EXTENT_SIZE but at the blob's end */
+	uint64_t offset;      /* multiple of OB_EXTENT_SIZE, and of the blob's unit unless part of one was advanced */
+	uint64_t length;      /* multiple of both but at the blob's end */
 	void *buffer;         /* length bytes, lent */
 	int32_t priority;     /* OB_FOREGROUND ... OB_BULK, as of now */
 	uint32_t attempt;     /* 0 the first time; + 1 for each finish with a retry */
@@ -171,14 +178,16 @@ typedef struct {
 } ob_http_target;
 
 typedef struct {
+	uint64_t filled;        /* bytes of the lent buffer that have come, whatever became of the rest */
 	int32_t status;         /* of the answer that was not what was asked for */
 	char retry_after[60];
 } ob_http_answer;
 
-/* Fills what is not advanced yet with one GET of that range, advancing as it arrives.
- * Blocks for timeout_ns. 1: it is full. 0: the answer was another; *out, and nothing was
- * taken of it. -EIO: no answer, or not all of it; what was advanced stays. */
-int ob_fetch_http(ob_fetch *fetch, const ob_http_target *target, int64_t timeout_ns, ob_http_answer *out);
+/* Fills what is not advanced yet with one GET of that range, advancing as it arrives; with
+ * `hold` it advances nothing: the caller looks at the bytes first. Blocks for timeout_ns. 1: it
+ * is full. 0: the answer was another; *out, and nothing was taken of it. -EIO: no answer, or not
+ * all of it; what was advanced stays. */
+int ob_fetch_http(ob_fetch *fetch, const ob_http_target *target, int64_t timeout_ns, int32_t hold, ob_http_answer *out);
 
 /* ---- files: plain content of a layer --------------------------------------------------- */
 

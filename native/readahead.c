@@ -72,16 +72,16 @@ void readahead_reached(struct ob_blob *blob, uint64_t first, uint64_t last)
 	stream->used = ++blob->stream_clock;
 	stream->at = max_u64(stream->at, last);
 	if (is_new)
-		stream->next = last + 1;
+		stream->next = unit_end(blob, last);
 	/* Inside what was asked for, and not at its mark: the same extent missed twice is no stream. */
 	if (is_new || (last < stream->next && !marked))
 		return;
-	start = max_u64(last + 1, stream->next);
+	start = max_u64(unit_end(blob, last), stream->next);
 	window = stream_window(stream, blob->engine->config.readahead_extents);
 	if (start >= blob->extents || !window)
 		return;
 	stream->window = window;
-	stream->next = min_u64(start + window, blob->extents);
+	stream->next = unit_end(blob, min_u64(start + window, blob->extents) - 1);
 	stream->asked_ns = engine_now();
 	fetch_missing(blob, start, stream->next - 1, OB_PREFETCH);
 	atomic_fetch_or(&blob->state[start], EXTENT_MARK);

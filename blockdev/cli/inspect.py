@@ -37,7 +37,7 @@ def _inspect(origin: Origin) -> dict[str, Any]:
 def _print(found: dict[str, Any]) -> None:
     print(f"image   {found['image']}")
     print(f"size    {found['size']} ({text.size(found['size'])})")
-    rows = [("layer", "kind", "blob", "disk", "wrapped in", "entries", "name")]
+    rows = [("layer", "kind", "blob", "disk", "wrapped in", "checked", "entries", "name")]
     for place, layer in enumerate(found["layers"]):
         wrapping = [*(["tar"] if "tar" in layer else []), *([_zfile(layer["zfile"])] if "zfile" in layer else [])]
         rows.append(
@@ -47,6 +47,7 @@ def _print(found: dict[str, Any]) -> None:
                 text.size(layer["size"]),
                 text.size(layer["virtual_size"]),
                 " ".join(wrapping) or "-",
+                layer.get("checked", "-"),
                 str(layer["lsmt"]["index_entries"]) if "lsmt" in layer else "-",
                 layer["name"],
             )

@@ -10,7 +10,7 @@ from blockdev import client
 from blockdev.cli import text
 from blockdev.root import Root
 
-_HEADING = ("ID", "IMAGE", "AT", "FRONT END", "MODE", "LOCAL", "FETCHED", "REQUESTS", "ERROR")
+_HEADING = ("ID", "IMAGE", "AT", "FRONT END", "MODE", "CHECKED", "LOCAL", "FETCHED", "REQUESTS", "ERROR")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +39,7 @@ def _row(device: dict[str, Any]) -> tuple[str, ...]:
         device["where"] or f"({device['state']})",
         device["front_end"] + how,
         f"{device['mode']}: {device['reason']}",
+        device["checked"],
         f"{100 * device['local_bytes'] // blobs if blobs else 100} %",
         text.size(device["fetched_bytes"]),
         str(device["requests"]),

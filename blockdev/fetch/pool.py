@@ -21,7 +21,7 @@ import traceback
 from dataclasses import dataclass
 
 from blockdev.engine import Blob, Engine, EngineStopped, Fetch, Priority
-from blockdev.errors import BlockdevError
+from blockdev.errors import BlockdevError, CorruptImage
 from blockdev.registry.backoff import Backoff, LeftAlone
 from blockdev.source import Source, Spilled
 
@@ -33,7 +33,6 @@ PROBE_TIMEOUT = 3.0  # seconds; a probe moves a few bytes, and others wait behin
 PROBE_INTERVAL = 1.0  # seconds between rounds: how late a source's return is noticed
 _IDLE = 15.0  # seconds of one wait for a fetch; after it, kept connections and buffers are given up
 REFUSED_DELAY = 5.0  # seconds; readers of a blob that was denied or not found do not each ask about it anew
-_SPILLED_DELAY = 0.1  # seconds; only waited if what was spilled could not be kept
 
 
 @dataclass
@@ -138,8 +137,8 @@ class Pool:
             self._read(fetch, source)
         except EngineStopped:
             fetch.finish(errno.ESHUTDOWN)
-        except Spilled:
-            fetch.finish(errno.EAGAIN, retry=_SPILLED_DELAY)  # what is there now counts as done
+        except Spilled as error:
+            fetch.finish(errno.EAGAIN, retry=error.delay)  # what is there now counts as done
         except LeftAlone as error:
             self._note_failure(fetch, source.name, error)
             fetch.finish(errno.EAGAIN, retry=error.seconds)
@@ -159,6 +158,8 @@ class Pool:
         """Seconds until a failed fetch is tried again, 0 if never."""
         if error.retriable:
             return self._backoff.failed(supply.source.host, error)
+        if isinstance(error, CorruptImage):  # other parts of the blob may come as they should
+            return 0.0
         supply.refused_until = time.monotonic() + REFUSED_DELAY
         return 0.0
 

@@ -52,4 +52,12 @@ class Source(Protocol):
 
 class Spilled(SourceError):
     """The bytes asked for went by in a stream that another read had started, and were spilled:
-    look where the spill goes, and ask again only if they are not there."""
+    look where the spill goes, and ask again, after `delay` seconds, only if they are not there."""
+
+    def __init__(self, text: str, *, delay: float = 0.1) -> None:
+        super().__init__(text)
+        self.delay = delay
+
+
+class Altered(SourceError):
+    """Bytes came that are not the blob's. Names blob and offset. Asked for once more, they may be."""

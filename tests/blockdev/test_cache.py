@@ -204,7 +204,7 @@ def test_a_later_versions_entry_is_refused_and_left_alone(cache: Cache, tmp_path
     cache.open(DIGEST, SIZE, POLICY).close()
     path = tmp_path / "sha256" / f"{HEX}.map"
     head = bytearray(path.read_bytes()[: presence.HEAD_SIZE])
-    head[8] += 1
+    head[8] = presence.VERSION + 1
     head[504:508] = presence.standard(bytes(head[:504])).to_bytes(4, "little")
     _damage(path, 0, bytes(head))
     before = path.read_bytes()

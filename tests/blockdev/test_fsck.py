@@ -84,7 +84,7 @@ def test_wrong_bytes_from_the_registry_do_not_repair(bench: Bench) -> None:
 
 def test_a_later_versions_entry_is_named_and_left(bench: Bench) -> None:
     head = bytearray(bench.filling.map().read_bytes()[: presence.HEAD_SIZE])
-    head[8] += 1
+    head[8] = presence.VERSION + 1
     head[504:508] = presence.standard(bytes(head[:504])).to_bytes(4, "little")
     with open(bench.filling.map(), "r+b") as file:
         file.write(head)

@@ -9,11 +9,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from blockdev.cache import Cache
+from blockdev.config import Policy
+from blockdev.engine import Engine
 from blockdev.errors import SourceError
 from blockdev.registry.backoff import Backoff
 from blockdev.registry.client import Client
@@ -23,13 +27,15 @@ from blockdev.source import PROGRESS_SIZE, Source
 from blockdev.source.blob import RegistryBlob
 from blockdev.source.file import FileSource
 from blockdev.source.retrying import Retrying, patiently
+from blockdev.units import Checked
 from tests.fakes.blob_server import REPOSITORY, BlobServer
 from tests.fakes.fault_proxy import FaultProxy
 from tests.fakes.memory_source import MemorySource
 from tests.registries import Registry
 from tests.small_image import SECRET, provider
+from tests.tabled import tabled
 
-CONTENT = os.urandom((1 << 20) + 4321)
+CONTENT, PLACE = tabled(os.urandom((1 << 20) + 4321))
 DIGEST = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
 
 
@@ -110,6 +116,17 @@ def retrying(memory: Subject) -> Subject:
     return Subject(Retrying(memory.source, Backoff()), memory.damage, memory.mend)
 
 
+@pytest.fixture
+def checked(registry_blob: Subject, tmp_path: Path) -> Iterator[Subject]:
+    with ExitStack() as undo:
+        engine = undo.enter_context(Engine(work_threads=1))
+        entry = Cache(tmp_path / "blobs", engine).open(DIGEST, len(CONTENT), Policy("eio"), PLACE)
+        undo.callback(entry.close)
+        assert entry.units
+        entry.units.load(registry_blob.source, soon())
+        yield Subject(Checked(registry_blob.source, entry.units), registry_blob.damage, registry_blob.mend)
+
+
 SUBJECTS = (
     "file",
     "registry_blob",
@@ -118,6 +135,7 @@ SUBJECTS = (
     "proxied_login_and_redirect",
     "memory",
     "retrying",
+    "checked",
 )
 
 

@@ -21,9 +21,14 @@ HEAD = Head(DIGEST, 123_456_789, False)
 _CRC_0 = b"\xab\x9b\xe0\x9b"  # the four bytes whose CRC32C is 0
 
 
-@given(st.sampled_from((DIGEST, "sha512:" + "0" * 128)), st.integers(0, (1 << 63) - 1), st.booleans())
-def test_a_head_survives_a_round_trip(digest: str, size: int, verified: bool) -> None:
-    head = Head(digest, size, verified)
+@given(
+    st.sampled_from((DIGEST, "sha512:" + "0" * 128)),
+    st.integers(0, (1 << 63) - 1),
+    st.booleans(),
+    st.sampled_from(("", "sha256:" + "ab" * 32)),
+)
+def test_a_head_survives_a_round_trip(digest: str, size: int, verified: bool, table: str) -> None:
+    head = Head(digest, size, verified, table)
     assert len(head.build()) == presence.HEAD_SIZE
     assert Head.parse(head.build()) == head
 
@@ -37,6 +42,23 @@ def test_the_bytes_are_those_of_the_document() -> None:
     assert int.from_bytes(head[504:508], "little") == standard(head[:504])
     assert head[508:] == head[504:508]
     assert Head(DIGEST, 65537, False).build() == head[:508] + bytes(4)
+
+
+def test_a_map_that_names_a_table_is_of_the_version_that_knows_tables() -> None:
+    head = Head(DIGEST, 65537, True, "sha256:" + "c5" * 32).build()
+    assert head[8:24] == bytes.fromhex("03000000 00000100 0100010000000000")
+    assert head[168:504] == b"\xc5" * 32 + bytes(304)
+    assert Head.parse(head).table == "sha256:" + "c5" * 32
+    unknown = bytearray(HEAD.build())
+    unknown[168:200] = b"\xc5" * 32
+    unknown[504:508] = standard(bytes(unknown[:504])).to_bytes(4, "little")
+    assert Head.parse(bytes(unknown)).table == "", "an older version's spare bytes are no table"
+
+
+@pytest.mark.parametrize("table", ["sha256:", "sha256:" + "AB" * 32, "sha512:" + "ab" * 32, "ab" * 32])
+def test_what_is_no_digest_of_a_table_is_not_written(table: str) -> None:
+    with pytest.raises(FormatError):
+        Head(DIGEST, 1, False, table).build()
 
 
 def _built(present: set[int], *, verified: bool) -> bytes:
@@ -79,7 +101,7 @@ def test_any_bytes_give_a_head_or_a_format_error(head: bytes) -> None:
     value_or_format_error(lambda: Head.parse(head))
 
 
-@pytest.mark.parametrize("change", [(8, b"\1"), (8, b"\3"), (12, b"\0\0\2\0"), (16, b"\xff" * 8), (24, b"../../")])
+@pytest.mark.parametrize("change", [(8, b"\1"), (8, b"\4"), (12, b"\0\0\2\0"), (16, b"\xff" * 8), (24, b"../../")])
 def test_another_version_extent_size_or_a_strange_blob_is_refused(change: tuple[int, bytes]) -> None:
     place, value = change
     head = HEAD.build()

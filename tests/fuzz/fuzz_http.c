@@ -117,7 +117,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t length)
 	pthread_mutex_unlock(&lock);
 	CHECK(ob_blob_open_cached(engine, data, map, &config, &blob) == 0);
 	CHECK(ob_blob_prefetch(blob, 0, BLOB_SIZE, OB_BULK) == 0 && ob_fetch_next(engine, OB_BULK, 0, &fetch) == 0);
-	status = ob_fetch_http(fetch, &target, TIMEOUT_NS, &other);
+	status = ob_fetch_http(fetch, &target, TIMEOUT_NS, 0, &other);
 	check(status, &other);
 	CHECK(ob_fetch_finish(fetch, status == 1 ? 0 : -EIO, 0) == 0);
 	ob_blob_close(blob);

@@ -136,6 +136,7 @@ def head(content: bytes) -> None:
         raw = raw[: -2 * MAP_CRC_SIZE] + crc.to_bytes(MAP_CRC_SIZE, "little") + seal
     with suppress(FormatError):
         parsed = presence.Head.parse(raw)
+        assert bool(parsed.table) == (raw[8] == presence.VERSION)
         assert presence.Head.parse(parsed.build()) == parsed
         assert presence.map_size(parsed.size) >= presence.TABLE_OFFSET
     first, count = len(table) % 7, len(table) // 3
