@@ -59,6 +59,7 @@ class Daemon:
         self._root.check_version()
         threading.stack_size(_STACK)
         syscalls.return_large_blocks()
+        _never_wait_for_writes()
         _raise_descriptor_limit()
         try:
             listener = control.listen(self._root.socket)
@@ -154,6 +155,14 @@ class Daemon:
             if number in received:
                 log.info("owner stopping signal=%s", number.name)
                 self._stopping = True
+
+
+def _never_wait_for_writes() -> None:
+    """Before the first thread, which inherits it."""
+    try:
+        syscalls.set_io_flusher()
+    except OSError as error:
+        log.info("memory may be waited for by writing reason=%s", error.strerror)
 
 
 def _raise_descriptor_limit() -> None:

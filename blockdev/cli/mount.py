@@ -10,14 +10,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
-from blockdev import client, mountpoint
+from blockdev import beneath, client, mountpoint
 from blockdev.cli import add_image_options, add_upper_options, text
 from blockdev.cli.ask import image_request, locate_upper
-from blockdev.errors import BlockdevError, UsageError, from_os
+from blockdev.errors import BlockdevError, DeviceError, UsageError, from_os
 from blockdev.root import Root
+
+_PROGRAM = Path(__file__).resolve().parent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +42,8 @@ def run(args: argparse.Namespace) -> None:
     with locate_upper(args) as origin:
         body, fds = image_request(args, origin)
         with client.connect(root, text.print_notice) as owner:
+            if args.rw:
+                _check_independent(owner, root, target)
             opened = owner.call("mount", body, fds)
             file = target if args.raw else root.mounts / f"{opened['id']}-{os.getpid()}"
             with _fuse_file(owner, file, writable=args.rw):
@@ -48,6 +54,24 @@ def run(args: argparse.Namespace) -> None:
                 owner.call("mounted", {"where": str(target), "how": how})
     if args.json:
         text.print_json({"image": args.image, "target": str(target), "size": opened["size"], "how": how})
+
+
+def _check_independent(owner: client.Connection, root: Root, target: Path) -> None:
+    """The owner must not need what it serves: it would wait for itself as soon as memory is short."""
+    place = target.resolve()
+    served = {Path(device["where"]) for device in owner.call("ps")["devices"]}
+    needed = {
+        "its root": [root.path.resolve()],
+        "the program": [Path(sys.executable).resolve(), _PROGRAM],
+        "swap": [],
+    }
+    for what, paths in needed.items():
+        if any(place == path or place in path.parents for path in paths):
+            raise DeviceError(f"mount failed: {target}: {what} would lie on what the owner serves")
+        lies_on = beneath.swap_beneath() if what == "swap" else map(beneath.mounts_beneath, paths)
+        for entry in chain.from_iterable(lies_on):
+            if Path(entry.point) in served or root.mounts in Path(entry.point).parents:
+                raise DeviceError(f"mount failed: {target}: {what} lies on what the owner serves, at {entry.point}")
 
 
 @contextlib.contextmanager

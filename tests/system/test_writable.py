@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.commands import Run, Start, ended, uri_of
+from blockdev.root import Root
+from tests.commands import Run, Start, ended, owner_pid, uri_of
 from tests.requires import requires_command, requires_mount
 
 requires_command("qemu-io", "nbdinfo", "mkfs.ext4", "fsck.ext4")
@@ -121,3 +123,53 @@ def test_the_file_of_a_mount_takes_bytes_anywhere(tmp_path: Path, pair: tuple[Pa
         expected = bytes(100) + b"x" * 411 + b"yz" + b"x" * 87 + bytes(700) + b"x" * 800 + bytes(96)
         assert file.read(2196) == expected
     assert run("umount", disk).returncode == 0
+
+
+PF_MEMALLOC_NOIO, PF_LOCAL_THROTTLE = 0x00080000, 0x00100000  # linux/sched.h
+CAP_SYS_RESOURCE = 24
+
+
+def is_capable(capability: int) -> bool:
+    """Whether this process has it: containers often lack some."""
+    [effective] = re.findall(r"^CapEff:\s*(\w+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return bool(int(effective, 16) >> capability & 1)
+
+
+def test_every_thread_of_an_owner_is_kept_from_waiting_for_writes(
+    tmp_path: Path, pair: tuple[Path, Path], start: Start, root: Root
+) -> None:
+    requires_mount()
+    serving = start("serve", "scratch", "--upper", *pair, "--rw", "--socket", tmp_path / "socket")
+    assert uri_of(serving)
+    if not is_capable(CAP_SYS_RESOURCE):  # then nobody can have it, and the log says so
+        assert "memory may be waited for by writing" in root.log.read_text()
+        return
+    for task in Path(f"/proc/{owner_pid(root)}/task").iterdir():
+        flags = int((task / "stat").read_text().rpartition(")")[2].split()[6])
+        assert flags & PF_MEMALLOC_NOIO, task
+        assert flags & PF_LOCAL_THROTTLE, task
+
+
+def test_an_owner_does_not_serve_what_it_needs(
+    tmp_path: Path, pair: tuple[Path, Path], run: Run, root: Root
+) -> None:
+    requires_mount()
+    upper = ["scratch", "--upper", *pair]
+    refused = run("mount", "--rw", *upper, root.path)
+    assert (refused.returncode, "its root would lie on" in refused.stderr) == (7, True), refused.stderr
+    refused = run("mount", "--rw", *upper, "/usr")
+    assert (refused.returncode, "the program would lie on" in refused.stderr) == (7, True), refused.stderr
+
+
+def test_a_pair_that_is_served_is_nobody_elses(
+    tmp_path: Path, pair: tuple[Path, Path], start: Start, run: Run
+) -> None:
+    serving = start("serve", "scratch", "--upper", *pair, "--rw", "--socket", tmp_path / "socket")
+    assert uri_of(serving)
+    for command in (["serve", "scratch", "--upper", *pair, "--rw", "--socket", tmp_path / "other"],
+                    ["commit", *pair, "-o", tmp_path / "layer"]):  # fmt: skip
+        refused = run(*command)
+        assert (refused.returncode, "in use" in refused.stderr) == (7, True), refused.stderr
+    serving.terminate()
+    assert ended(serving)[0] == 0
+    assert run("commit", *pair, "-o", tmp_path / "layer").returncode == 0
