@@ -98,6 +98,12 @@ def umount(target: Path, flags: int) -> None:
         raise _failure(target)
 
 
+def sync_file_system(fd: int) -> None:
+    """syncfs(2): all of the file system that the descriptor is on, and the errors of writing it."""
+    if _libc.syncfs(fd) != 0:
+        raise _failure(Path(f"/proc/self/fd/{fd}"))
+
+
 # ---- the mount table ----
 
 
