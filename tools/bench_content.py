@@ -79,7 +79,7 @@ def make_content(folder: Path, files_bytes: tuple[int, int], ociblk: str, kept: 
     return Content(raw.stat().st_size, sha256_file(raw), raw, qcow2, layers, large_files)
 
 
-def _files() -> Iterator[Path]:
+def files() -> Iterator[Path]:
     """Regular files of packages, then those of .venv."""
     lists = sorted(PACKAGE_LISTS.glob("*.list"), key=lambda path: hashlib.sha256(path.name.encode()).digest())
     for names in lists:
@@ -95,7 +95,7 @@ def _files() -> Iterator[Path]:
 def _make_file_system(tree: Path, raw: Path, files_bytes: tuple[int, int]) -> list[str]:
     """Copy files into a tree and make a file system of it; the names of large files in it."""
     copied, count, large = 0, 0, []
-    for path in _files():
+    for path in files():
         target = tree / path.relative_to("/")
         if target.exists():
             continue

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tests.machine import machine
 from tools import bench_cold as cold
+from tools import bench_convert
 from tools import bench_warm as warm
 from tools.bench_ground import FULL, ROOT, SMALL, TINY, Ground
 from tools.bench_measure import Row
@@ -30,6 +31,7 @@ ROWS: dict[str, Callable[[Ground], Iterator[Row]]] = {
     "fuse": warm.fuse_file,
     "mount": warm.fuse_mount,
     "import": warm.import_disk,
+    "convert": bench_convert.convert,
     "miss-1": cold.miss_1,
     "miss-16": cold.miss_16,
     "link-20ms": cold.link_20ms,

@@ -32,10 +32,11 @@ class Served:
 
     def cpu_seconds(self) -> float:
         """Processor time all serving processes have used so far."""
-        return sum(_cpu_seconds(pid) for pid in self.pids)
+        return sum(cpu_seconds(pid) for pid in self.pids)
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
+    """Processor time a process has used so far."""
     # The process's own clock (clock_getcpuclockid(3)): all threads, ended ones too, in nanoseconds.
     return time.clock_gettime(~pid << 3 | CPUCLOCK_SCHED)
 

@@ -24,13 +24,17 @@ if TYPE_CHECKING:
     from blockdev.build.depot import Depot
     from blockdev.registry.client import Client
 
+BLOCK_SIZE = 16 << 10  # a tenth smaller than 4 KiB; docs/decisions/0010
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="an image in a registry, or oci:DIR[:TAG]")
     parser.add_argument("target", metavar="DST", help="where the block image goes: the same, with a tag")
     parser.add_argument("--fs", choices=["erofs", "ext4"], default="erofs", help="(default %(default)s)")
     parser.add_argument("--codec", choices=["lz4", "zstd"], default="lz4", help="(default %(default)s)")
-    parser.add_argument("--block-size", metavar="N", type=parse_size, default=4096, help="bytes (default %(default)s)")
+    parser.add_argument(
+        "--block-size", metavar="N", type=parse_size, default=BLOCK_SIZE, help="bytes (default %(default)s)"
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--platform", metavar="OS/ARCH[/VARIANT]", help="which image of an index (default: this machine's)"
