@@ -20,8 +20,10 @@ from dataclasses import asdict
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
+from blockdev.engine import BlobStat
 from blockdev.errors import DeviceError, EngineError
 from blockdev.image import OpenImage
+from blockdev.layer import NamedBlob
 from blockdev.stack import Stack
 from blockdev.transport.nbd import NbdServer
 
@@ -158,7 +160,10 @@ class Device:
             "requests": sum(stat.fetches for stat in stats),
             "remark": self.stack.remark,
             "error": self.error,
-            "blobs": [
-                {"name": named.name, **asdict(stat)} for named, stat in zip(self.stack.blobs, stats, strict=False)
-            ],
+            "blobs": [_describe(named, stat) for named, stat in zip(self.stack.blobs, stats, strict=False)],
         }
+
+
+def _describe(named: NamedBlob, stat: BlobStat) -> dict[str, Any]:
+    mismatches = named.units.mismatches if named.units else 0
+    return {"name": named.name, "checked": named.checked, "mismatches": mismatches, **asdict(stat)}

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from blockdev.engine import EXTENT_SIZE, Blob, Codec, File, LayerKind, LayerTable, Priority, ZFileHead
 from blockdev.errors import CorruptImage, SourceError
+from blockdev.units import Units
 from formats import lsmt, tar, zfile
 from formats.errors import FormatError
 from formats.readat import Window
@@ -39,13 +40,14 @@ class NamedBlob(NamedTuple):
     """A blob and what messages call it: its path or its digest. Whoever opened it closes it.
 
     `doubtful`: its digest has not been checked, so that what came of it may not be what it is.
-    `checked`: by what its parts are, when they come: SHA256 or CRC_ONLY.
+    `checked`: by what its parts are, when they come: SHA256 or CRC_ONLY. `units`: what they are held against.
     """
 
     name: str
     blob: Blob
     doubtful: bool = False
     checked: str = CRC_ONLY
+    units: Units | None = None
 
 
 @dataclass(frozen=True)

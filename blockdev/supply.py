@@ -94,7 +94,7 @@ class Supply:
         if entry.complete and not entry.verified:
             self._whole.put(entry.id)
         checked = SHA256 if units or entry.verified else CRC_ONLY
-        return NamedBlob(digest, entry.blob, doubtful=checked == CRC_ONLY, checked=checked)
+        return NamedBlob(digest, entry.blob, doubtful=checked == CRC_ONLY, checked=checked, units=units)
 
     def _leave(self, entry: Entry, source: Source) -> None:
         with self._lock:

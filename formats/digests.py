@@ -19,6 +19,7 @@ import construct as c
 
 from formats import tar
 from formats.errors import FormatError
+from formats.readat import ReadAt
 from formats.tarheader import BLOCK
 
 UNIT = 256 << 10  # bytes a digest stands for: four extents of the cache, and one request of a random reader
@@ -168,6 +169,21 @@ class Table:
                 return False
         behind = max(0, start - self.covered)
         return bytes(view[inner:]) == self.tail[behind : behind + length - inner]
+
+
+def find(r: ReadAt) -> Table | None:
+    """The table that a whole layer carries; None if it carries none. FormatError if it is not all of the tar's rest."""
+    payload = tar.find_payload(r)
+    if payload is None:
+        return None
+    covered = payload.base + payload.length + len(tar.padding(payload.length))
+    length = HEAD_SIZE + DIGEST_SIZE * unit_count(covered)
+    if covered + BLOCK + length > r.size or r.read_at(covered, BLOCK) != tar.member_head(MEMBER, length):
+        return None
+    table = Table.parse(r.read_at(covered + BLOCK, length))
+    if table.covered != covered or r.read_at(covered, r.size - covered) != table.tail:
+        raise FormatError("the tar does not end as its digest table says", covered)
+    return table
 
 
 class TableWriter:

@@ -49,7 +49,7 @@ PARSERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "log": {"formats/pair.py": ("PairWriter.",)},
     "head": {"formats/presence.py": ()},
-    "table": {"formats/digests.py": ("TableWriter.",)},
+    "table": {"formats/digests.py": ("TableWriter.", "find")},
     "document": {"formats/oci.py": (), "formats/layout.py": (), "formats/imagespec.py": ()},
     "handshake": {"formats/nbdwire.py": ()},
 }

@@ -2,7 +2,8 @@
 """Layers as an image in a registry, as overlaybd's own snapshotter would take it.
 
 Every layer is checked to be one and is pushed inside overlaybd's tar wrapper, which is
-put around it here where it is missing. The config says no more than the layers do.
+put around it here where it is missing. A layer that carries a digest table is held against it, and its
+descriptor says so. The config says no more than the layers do.
 Blobs come first and the manifest last, so a failed push leaves no image behind.
 """
 
@@ -20,11 +21,12 @@ from tempfile import TemporaryFile
 from typing import BinaryIO
 
 from blockdev.engine import Engine
-from blockdev.errors import UsageError, from_os
+from blockdev.errors import CorruptImage, UsageError, from_os
 from blockdev.image import OpenImage, open_image
 from blockdev.layer import NamedBlob
 from blockdev.registry.client import Client
-from formats import oci, superblock, tar
+from formats import digests, oci, superblock, tar
+from formats.errors import FormatError
 
 _PIECE = 4 << 20  # bytes hashed or copied at a time
 _SCRATCH = "/var/tmp"  # for a layer that has to be wrapped: /tmp is often memory
@@ -63,6 +65,7 @@ class _Blob:
     digest: str
     size: int
     wrapped: bool
+    table: digests.Table | None
 
 
 def push(
@@ -101,6 +104,7 @@ def _prepare(paths: Sequence[Path], stack: ExitStack) -> tuple[list[_Blob], str]
             files.append(stack.enter_context(path.open("rb")))
         except OSError as error:
             raise from_os("push", error, str(path)) from error
+    tables: list[digests.Table | None] = []
     with ExitStack() as reading:
         engine = reading.enter_context(Engine(work_threads=1))
         blobs = []
@@ -112,27 +116,47 @@ def _prepare(paths: Sequence[Path], stack: ExitStack) -> tuple[list[_Blob], str]
         if flat:
             raise UsageError(f"push: {flat}: it is a compressed disk and no layer; import the disk first")
         wrapped = [layer.tar is None for layer in image.layers]
+        tables = [_table(named) for named in blobs]
         file_system = superblock.file_system(_head(image)) or ""
-    made = [_blob(str(path), file, stack, wrap=wrap) for path, file, wrap in zip(paths, files, wrapped, strict=True)]
+    made = []
+    for path, file, wrap, table in zip(paths, files, wrapped, tables, strict=True):
+        pushed = _in_tar(str(path), file, stack) if wrap else file
+        made.append(_blob(str(path), pushed, table, wrapped=wrap))
     return made, file_system
+
+
+def _table(named: NamedBlob) -> digests.Table | None:
+    try:
+        return digests.find(named.blob)
+    except FormatError as error:
+        raise CorruptImage(f"push: {named.name}: offset {error.offset or 0}: {error.what}") from error
 
 
 def _head(image: OpenImage) -> bytes:
     return image.read_at(0, min(superblock.HEAD_SIZE, image.size))
 
 
-def _blob(name: str, file: BinaryIO, stack: ExitStack, *, wrap: bool) -> _Blob:
+def _in_tar(name: str, file: BinaryIO, stack: ExitStack) -> BinaryIO:
+    scratch = os.environ.get("TMPDIR", _SCRATCH)
     try:
-        if wrap:
-            scratch = os.environ.get("TMPDIR", _SCRATCH)
-            file = _wrapped(file, stack.enter_context(TemporaryFile(dir=scratch)))  # noqa: SIM115 - the caller's stack closes it
-        digest, size = hashlib.sha256(), 0
+        return _wrapped(file, stack.enter_context(TemporaryFile(dir=scratch)))
+    except OSError as error:
+        raise from_os("push", error, name) from error
+
+
+def _blob(name: str, file: BinaryIO, table: digests.Table | None, *, wrapped: bool) -> _Blob:
+    """What the file is; CorruptImage if it is not what its own table says."""
+    digest, size = hashlib.sha256(), 0
+    try:
         while piece := os.pread(file.fileno(), _PIECE, size):
             digest.update(piece)
+            for at in range(0, len(piece) if table else 0, digests.UNIT):
+                if table and not table.matches((size + at) // digests.UNIT, piece[at : at + digests.UNIT]):
+                    raise CorruptImage(f"push: {name}: offset {size + at}: not what its digest table says")
             size += len(piece)
     except OSError as error:
         raise from_os("push", error, name) from error
-    return _Blob(name, file, f"sha256:{digest.hexdigest()}", size, wrap)
+    return _Blob(name, file, f"sha256:{digest.hexdigest()}", size, wrapped, table)
 
 
 def _wrapped(layer: BinaryIO, out: BinaryIO) -> BinaryIO:
@@ -166,7 +190,11 @@ def _put_image(client: Client, reference: oci.Reference, blobs: Sequence[_Blob],
     client.upload(reference.repository, config_digest, len(config), io.BytesIO(config))
     layers = tuple(
         oci.Descriptor(
-            oci.OCI_LAYER, blob.digest, blob.size, oci.layer_annotations(blob.digest, blob.size, file_system)
+            oci.OCI_LAYER,
+            blob.digest,
+            blob.size,
+            oci.layer_annotations(blob.digest, blob.size, file_system)
+            | (blob.table.place.annotations() if blob.table else {}),
         )
         for blob in blobs
     )

@@ -19,7 +19,7 @@ from blockdev.engine import Engine
 from blockdev.errors import CorruptImage, NotFound, SourceError, UsageError
 from blockdev.registry.client import Client
 from blockdev.registry.credentials import Provider
-from formats import oci, tar, zfile
+from formats import digests, oci, tar, zfile
 from formats.oci import Reference
 from formats.readat import BytesAt
 from tests import stacks
@@ -104,6 +104,30 @@ def test_a_layer_in_a_tar_is_pushed_as_it_is(registry: Registry, client: Client,
     _, (blob,) = _pushed(client, pushed)
     assert blob == layer.read_bytes()
     assert not pushed.layers[0].wrapped
+
+
+def test_a_layer_with_a_digest_table_is_announced_with_it(
+    registry: Registry, client: Client, disk: Path, tmp_path: Path
+) -> None:
+    layer = _layer(disk, tmp_path / "layer", Wrapping("lz4", tar=True, digests=True))
+    manifest, (blob,) = _pushed(client, push(client, _reference(registry), [layer]))
+    assert blob == layer.read_bytes()
+    place = digests.Place.of(manifest["layers"][0]["annotations"], len(blob))  # type: ignore[index]
+    assert place is not None
+    assert oci.digest_of(blob[place.offset :][: place.length]) == place.digest
+
+
+def test_a_layer_that_is_not_what_its_table_says_is_not_pushed(
+    registry: Registry, client: Client, disk: Path, tmp_path: Path
+) -> None:
+    layer = _layer(disk, tmp_path / "layer", Wrapping("none", tar=True, digests=True))
+    content = bytearray(layer.read_bytes())
+    content[20_000] ^= 1
+    layer.write_bytes(content)
+    with pytest.raises(CorruptImage, match="offset 0: not what its digest table says"):
+        push(client, _reference(registry), [layer])
+    with pytest.raises(NotFound):
+        client.manifest(REPOSITORY, "v1")
 
 
 def test_a_stack_keeps_its_order_and_reads_as_before(registry: Registry, client: Client, tmp_path: Path) -> None:

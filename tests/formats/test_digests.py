@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from formats import digests, tar
 from formats.digests import UNIT, Place, Table, TableWriter
 from formats.errors import FormatError
+from formats.readat import BytesAt
 from tests.mutations import damaged, value_or_format_error
+from tests.tabled import tabled
 
 START = 1536
 
@@ -90,6 +92,22 @@ def test_the_bytes_are_those_of_the_document() -> None:
     assert body[:32].hex() == b"OCIBLKDT".hex() + "01000000" + "00000400" + "0002040000000000" + "0200000000000000"
     assert body[32:64] == bytes(32)
     assert len(body) == 128
+
+
+def test_a_layers_table_is_found_and_nothing_else_is_taken_for_one() -> None:
+    blob, place = tabled(random.Random(3).randbytes(UNIT + 99))
+    found = digests.find(BytesAt(blob))
+    assert found is not None
+    assert found.place == place
+    plain = blob[: place.covered] + tar.END
+    assert digests.find(BytesAt(plain)) is None
+    assert digests.find(BytesAt(random.Random(3).randbytes(UNIT))) is None
+    other = blob[: place.covered] + tar.member_head(b"other", place.length) + blob[place.offset :]
+    assert digests.find(BytesAt(other)) is None
+    assert digests.find(BytesAt(blob[: place.offset + 70])) is None
+    for wrong in (blob + bytes(512), blob[:-512], blob[:-1] + b"x"):
+        with pytest.raises(FormatError):
+            digests.find(BytesAt(wrong))
 
 
 @pytest.mark.parametrize("size", SIZES)
