@@ -55,7 +55,8 @@ static void write_at(int fd, const void *bytes, size_t length, uint64_t offset)
 	CHECK(pwrite(fd, bytes, length, (off_t)offset) == (ssize_t)length);
 }
 
-/* Extent by extent: right, absent, rotten, lost data under a map that kept its entry, or the reverse. */
+/* Extent by extent: right, absent, rotten, lost data under a map that kept its entry, or the reverse.
+ * Also: how many extents are fetched together. */
 static void lay_down(struct stand *stand, struct tape *tape)
 {
 	static const uint8_t rot = 0x5a;
@@ -74,7 +75,10 @@ static void lay_down(struct stand *stand, struct tape *tape)
 		if (how & 8)
 			write_at(stand->data_fd, &rot, 1, at + take(tape, 2) % length);
 	}
-	if (take(tape, 1) % 4 == 0)
+	uint64_t how = take(tape, 1);
+
+	stand->config.unit = (uint32_t)(how >> 2) % 6;
+	if (how % 4 == 0)
 		CHECK(ftruncate(stand->map_fd, (off_t)(TABLE + take(tape, 1) % 32)) == 0);
 	if (take(tape, 1) % 8 == 1)
 		CHECK(ftruncate(stand->data_fd, (off_t)(take(tape, 3) % (size + 1))) == 0);
