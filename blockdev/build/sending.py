@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
 from typing import BinaryIO, Self
 
 from blockdev.build.depot import Blob, Depot, Read
@@ -13,6 +16,8 @@ from blockdev.build.sourceimage import Archived, SourceImage
 from blockdev.build.workshop import Made, Workshop, Written
 from blockdev.staging import digest_of
 from formats import oci
+
+LEAVE_SECONDS = 2.0  # for a step of sending that is under way when all is over; a stuck registry is left behind
 
 Progress = Callable[[str, int, int], None]  # "converted" or "pushed", bytes, bytes in all
 
@@ -38,30 +43,36 @@ class _Cancelled(Exception):
 
 
 class Sending:
-    """Hashes, keeps and sends finished layers, one after the other, in a thread of its own."""
+    """Hashes, keeps and sends finished layers, one after the other, in a thread of its own.
+
+    Leaving ends what is under way at its next step. A step that takes too long is not waited for: the process may
+    end meanwhile, and the files are the thread's own.
+    """
 
     def __init__(self, source: Depot, target: Depot, workshop: Workshop, meter: Meter) -> None:
         self.meter = meter
         self._source = source
         self._target = target
         self._workshop = workshop
-        self._thread = ThreadPoolExecutor(1, "send")
+        self._jobs: SimpleQueue[tuple[Future[Finished], Callable[[], Finished]] | None] = SimpleQueue()
         self._futures: list[Future[Finished]] = []
         self._cancelled = False
+        self._thread = threading.Thread(target=self._run, name="send", daemon=True)
+        self._thread.start()
 
     def send(self, key: str, layer: Archived, written: Written, file: BinaryIO) -> Future[Finished]:
         """A layer that has just been made."""
 
-        def finish() -> Finished:
-            made = Made(digest_of(file.fileno(), "sha256"), written)
-            self._workshop.keep(key, made, file)
-            return self._put(key, layer, made, file)
+        def finish(own: BinaryIO) -> Finished:
+            made = Made(digest_of(own.fileno(), "sha256"), written)
+            self._workshop.keep(key, made, own)
+            return self._put(key, layer, made, own)
 
-        return self._submit(finish)
+        return self._submit(finish, file)
 
     def resend(self, key: str, layer: Archived, made: Made, file: BinaryIO) -> Future[Finished]:
         """One that was made before."""
-        return self._submit(lambda: replace(self._put(key, layer, made, file), reused=True))
+        return self._submit(lambda own: replace(self._put(key, layer, made, own), reused=True), file)
 
     def check(self) -> None:
         """Raise what has gone wrong so far."""
@@ -74,11 +85,32 @@ class Sending:
 
     def __exit__(self, *exception: object) -> None:
         self._cancelled = True
-        self._thread.shutdown(cancel_futures=True)
+        self._jobs.put(None)
+        self._thread.join(LEAVE_SECONDS)
 
-    def _submit(self, finish: Callable[[], Finished]) -> Future[Finished]:
-        self._futures.append(self._thread.submit(finish))
-        return self._futures[-1]
+    def _submit(self, finish: Callable[[BinaryIO], Finished], file: BinaryIO) -> Future[Finished]:
+        """Queue what is to be done with a file, which is closed; the thread has one of its own."""
+        own = os.fdopen(os.dup(file.fileno()), "rb", buffering=0)
+        file.close()
+
+        def job() -> Finished:
+            with own:
+                return finish(own)
+
+        future: Future[Finished] = Future()
+        self._futures.append(future)
+        self._jobs.put((future, job))
+        return future
+
+    def _run(self) -> None:
+        while queued := self._jobs.get():
+            future, job = queued
+            if self._cancelled:
+                return
+            try:
+                future.set_result(job())
+            except BaseException as error:  # noqa: BLE001 - whoever waits for the layer gets it
+                future.set_exception(error)
 
     def _put(self, key: str, layer: Archived, made: Made, file: BinaryIO) -> Finished:
         size = made.written.size
@@ -92,7 +124,6 @@ class Sending:
         others = (self._source.name, *made.places)
         sent = self._target.put_blob(Blob(made.digest, size, file.fileno()), tell, others)
         self.meter.arrived(size)
-        file.close()
         return Finished(key, made, layer.blob.digest, reused=False, sent=sent)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import signal
 import stat
 import subprocess
 import threading
@@ -153,6 +154,17 @@ def test_a_registry_that_vanishes_is_one_error_and_there_is_no_image(
     done = run("convert", f"{registry.host}/team/app:1", source.replace("source", "other"))
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (6, "", 1)
     assert "connection refused" in done.stderr
+
+
+def test_a_conversion_that_is_interrupted_does_not_wait_for_a_registry_that_is_stuck(
+    start: Start, registry: Registry, source: str
+) -> None:
+    with _Gate(registry.host, blobs=0) as gate:
+        converting = start("convert", source, f"{gate.host}/team/app:1")
+        assert gate.reached.wait(START_SECONDS), converting.poll()
+        converting.send_signal(signal.SIGINT)
+        assert ended(converting) == (130, "")
+    assert not _has_tag(registry)
 
 
 def test_what_is_no_image_name_is_refused_before_anything_starts(run: Run, tmp_path: Path, source: str) -> None:
