@@ -67,7 +67,7 @@ USUAL = (
         (*_LIBC, "nginx", "nginx-common", "libcrypt1", "libpcre2-8-0", "libssl3", "zlib1g"),
         (("sbin/nginx", "-V"),),
     ),
-    Shape("large", (*_LIBC, *_PYTHON, "perl-base", "libssl3", "libcrypt1"), (("bin/perl", "-e", "1"),), layers=8),
+    Shape("large", (*_LIBC, *_PYTHON, "perl-base", "libssl3", "libcrypt1"), (("bin/perl", "-v"),), layers=8),
 )
 FULL = (
     Shape(

@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real images: what they add up to is what umoci unpacks, to the last attribute."""
+"""Real images, converted: mounted they are what umoci unpacks, to the last attribute, and their programs run.
+
+The large ones are converted under --full, and leave figures in docs/measured/images.json.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from blockdev.root import Root
 from tests import images, requires
+from tests.registries import Registry
 
 LIMIT = float(requires.scaled(120, 1800))  # seconds for one command
+MIB = 1 << 20
 FILES = 30_000  # of the large image, in earnest
 
 
@@ -52,13 +59,77 @@ def shape(request: pytest.FixtureRequest) -> images.Shape:
     return images.SHAPES[request.param]
 
 
-def test_the_layers_add_up_to_what_umoci_unpacks(
-    shape: images.Shape, unpack: Callable[[str], Path], does: Callable[..., str]
+@pytest.fixture(scope="module")
+def figures() -> dict[str, object]:
+    """What was seen of each image."""
+    return {}
+
+
+def convert(words: list[str | Path], figures: dict[str, object]) -> dict[str, Any]:
+    """Run the command; what it prints. Time and memory are noted."""
+    started = time.monotonic()
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as converting:
+        assert converting.stdout
+        printed = converting.stdout.read()
+        _, status, used = os.wait4(converting.pid, 0)
+        converting.returncode = os.waitstatus_to_exitcode(status)
+    assert converting.returncode == 0
+    found: dict[str, Any] = json.loads(printed)
+    (image,) = found["images"]
+    figures |= {
+        "convert_seconds": round(time.monotonic() - started, 1),
+        "convert_rss_mib": used.ru_maxrss >> 10,
+        "layers": len(image["layers"]),
+        "layers_mib": round(sum(layer["size"] for layer in image["layers"]) / MIB, 1),
+    }
+    return found
+
+
+def check_disk(does: Callable[..., str], image: str, folder: Path) -> None:
+    """The file system's own checker finds nothing."""
+    does("export", image, "-o", folder / "disk")
+    checked = subprocess.run(["fsck.erofs", folder / "disk"], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+    (folder / "disk").unlink()
+
+
+def run_programs(shape: images.Shape, mount: Path) -> None:
+    for program in shape.programs:
+        subprocess.run(["chroot", mount, *program], check=True, timeout=LIMIT, stdout=subprocess.DEVNULL)
+
+
+def test_a_converted_image_is_what_umoci_unpacks_and_its_programs_run(
+    shape: images.Shape,
+    unpack: Callable[[str], Path],
+    does: Callable[..., str],
+    registry: Registry,
+    tmp_path: Path,
+    ociblk: str,
+    root: Root,
+    figures: dict[str, object],
+    record_measured: Callable[[str, dict[str, object]], None],
 ) -> None:
+    requires.requires_mount()
+    requires.requires_command("skopeo", "fsck.erofs")
     source = images.image(shape.name)
-    found = json.loads(does("verify", source, unpack(source), "--json"))
+    rootfs, mount = unpack(source), tmp_path / "mount"
+    pushed = images.push(source, registry.host, "app")
+    target = f"{registry.host}/blocks:1"
+    seen: dict[str, object] = {}
+    convert([ociblk, "convert", pushed, target, "--plain-http", "--json", "--root", root.path], seen)
+    found = json.loads(does("verify", pushed, target, "--plain-http", "--json"))
     assert found["entries"] > found["files"] > 300
     assert shape.name != "large" or not requires.FULL or (found["files"] > FILES and found["content"] > 1 << 30)
+    mount.mkdir()
+    does("mount", target, mount, "--plain-http")
+    try:
+        does("verify", rootfs, mount)
+        run_programs(shape, mount)
+    finally:
+        does("umount", mount)
+    check_disk(does, target, tmp_path)
+    figures[shape.name] = {**seen, **{key: found[key] for key in ("entries", "files", "content")}}
+    record_measured("images", figures)
 
 
 def test_a_difference_ends_verify_with_its_name_and_5(
