@@ -10,6 +10,7 @@ or greed stops the target and leaves the input in build/fuzz/findings/.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fuzz_coverage import LINES_MIN, PARSERS, covered
 
@@ -106,7 +108,7 @@ def run(target: Target, *flags: str | Path) -> tuple[int, str, float]:
 
 
 def fuzz(target: Target, seconds: float) -> bool:
-    """Look for findings; says and records how it went. False if there was one."""
+    """Look for findings, for what is left of `seconds`; says and records how it went. False if there was one."""
     for folder in (target.work, target.kept):
         folder.mkdir(parents=True, exist_ok=True)
     FINDINGS.mkdir(exist_ok=True)
@@ -116,7 +118,10 @@ def fuzz(target: Target, seconds: float) -> bool:
         f"-timeout={INPUT_SECONDS}",
         f"-max_len={INPUT_MAX}",
     )
-    cpu = runs = peak = 0.0
+    digest = _digest(target)
+    before = _recorded(target)
+    known = before if before.get("parser") == digest and not before.get("findings") else {}
+    cpu, runs, peak = (float(known.get(name, 0)) for name in ("cpu_seconds", "inputs", "peak_mib"))
     status = 0
     output = ""
     while cpu < seconds and not status:
@@ -126,11 +131,19 @@ def fuzz(target: Target, seconds: float) -> bool:
         cpu += used
         runs += _figure(output, "number_of_executed_units")
         peak = max(peak, _figure(output, "peak_rss_mb"))
+        figures = {"cpu_seconds": round(cpu), "inputs": int(runs), "peak_mib": peak, "findings": int(status != 0)}
+        _record(target, {"parser": digest, **figures})
     print(f"fuzz: {target.name}: {runs:,.0f} inputs in {cpu:.0f} CPU seconds, peak {peak:.0f} MiB", flush=True)
     if status:
         print(f"{output[-6000:]}\nfuzz: {target.name}: FINDING: the input is in {FINDINGS}")
-    _record(target, {"cpu_seconds": round(cpu), "inputs": int(runs), "peak_mib": peak, "findings": int(status != 0)})
     return not status
+
+
+def _digest(target: Target) -> str:
+    """Of what is tried: seconds spent on it before count as long as it stays the same."""
+    case = [CASES / f"fuzz_{target.name}.c"] if target.native else []
+    files = [*case, *(ROOT / parser for parser in PARSERS[target.name])]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _figure(output: str, name: str) -> float:
@@ -140,9 +153,18 @@ def _figure(output: str, name: str) -> float:
 
 def _record(target: Target, figures: Mapping[str, object]) -> None:
     """Into docs/measured/, beside what stands there already."""
-    path = ROOT / "docs" / "measured" / f"fuzz-{target.name}.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({"v": 1, **before, **figures, "machine": machine()}, indent=2) + "\n")
+    text = json.dumps({"v": 1, **_recorded(target), **figures, "machine": machine()}, indent=2)
+    _record_of(target).write_text(text + "\n")
+
+
+def _record_of(target: Target) -> Path:
+    return ROOT / "docs" / "measured" / f"fuzz-{target.name}.json"
+
+
+def _recorded(target: Target) -> dict[str, Any]:
+    path = _record_of(target)
+    recorded: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return recorded
 
 
 def replay(target: Target) -> bool:
