@@ -17,13 +17,13 @@ import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from blockdev.control import member
 from blockdev.errors import AccessDenied, BlockdevError, CorruptImage, EngineError, NotFound, UsageError
-from blockdev.upper import lock
+from blockdev.upper import claim, lock
 from formats import imagespec, layout, oci
 from formats.digests import Place
 from formats.errors import FormatError
@@ -132,12 +132,21 @@ def locate(image: str, upper: Sequence[str] = (), *, write: bool = False) -> Ori
         files = upper or [part.name for part in origin.upper]
         if write and not files:
             raise UsageError(f"opening the image failed: {image}: it has no writable layer (ociblk create makes one)")
-        if upper or write:
-            origin.upper = [_open_part(origin, path, write=write) for path in files]
-            if write:
-                lock(origin.upper[0].fd, origin.upper[0].name, exclusive=True)
+        if files:
+            _lay_over(origin, files)
         undo.pop_all()
     return origin
+
+
+def _lay_over(origin: Origin, files: Sequence[str]) -> None:
+    """Open the data and index file of the writable layer, as the origin is to be opened, and lock it."""
+    data = _open_part(origin, files[0], write=origin.write)
+    if origin.write:
+        claim(data.fd, data.name)
+    else:
+        lock(data.fd, data.name, exclusive=False)
+    data = replace(data, size=os.lseek(data.fd, 0, os.SEEK_END))  # it may have grown until we had the lock
+    origin.upper = [data, _open_part(origin, files[1], write=origin.write)]
 
 
 def open_file(path: str, *, write: bool = False) -> Part:
@@ -194,7 +203,7 @@ def _locate_config(origin: Origin, path: str, file: Part) -> None:
         raise CorruptImage(f"reading the config failed: {path}: {error}") from None
     origin.layers = layers
     if config.upper:
-        origin.upper = [_open_part(origin, config.upper.data), _open_part(origin, config.upper.index)]
+        origin.upper = [Part(config.upper.data), Part(config.upper.index)]
 
 
 def _locate_layout(origin: Origin, place: str) -> None:

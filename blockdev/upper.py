@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two files of a writable layer: making a pair, and opening one that nobody else changes.
+"""The two files of a writable layer: making, opening, sealing, resizing and compacting a pair.
 
-A pair is locked (flock, on its data file) for as long as somebody writes it, so an owner
-that serves it, a commit that reads it and a resize exclude each other; the lock goes where the
-descriptor goes, and ends with its last copy. docs/formats/lsmt.md.
+Whatever changes a pair leaves it, at every moment, as it was or as it shall be. A pair is
+locked (flock, on its data file): by one who writes it, or by any number who read it. The lock
+goes where the descriptor goes, to an owner, and ends with its last copy. docs/formats/lsmt.md.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import time
 import uuid as uuids
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blockdev.errors import CorruptImage, DeviceError, UsageError, from_os
-from blockdev.replacement import sync_directory
+from blockdev.replacement import replacing, sync_directory
 from formats import lsmt
 from formats.errors import FormatError
-from formats.lsmt import NULL_UUID, Head
-from formats.pair import PairWriter
+from formats.lsmt import ENTRY_SIZE, HEAD_SIZE, NULL_UUID, SEALED_ENTRIES_MAX, SECTOR, Head, Segment, pack
+from formats.pair import PairWriter, compact, replay, seal, zeros
 from formats.readat import check_range
 
 LOCK_PATIENCE = 3.0  # seconds: an owner hears of an unmount when it is over, and then still syncs and closes
@@ -58,6 +58,23 @@ def _write_new(path: Path, content: bytes, undo: ExitStack) -> None:
         raise DeviceError(f"create writable layer: {path}: it is there already") from None
     except OSError as error:
         raise from_os("create writable layer", error, str(path)) from None
+
+
+def claim(fd: int, name: str) -> None:
+    """Lock a data file to write to it. UsageError if it has been sealed."""
+    lock(fd, name, exclusive=True)
+    size = os.fstat(fd).st_size
+    if _is_sealed(FileAt(fd, size)):
+        raise UsageError(f"open writable layer: {name}: it is sealed")
+
+
+def _is_sealed(data: FileAt) -> bool:
+    """Whether it ends in a trailer of its own: what was written last may look like one of another layer."""
+    try:
+        header = Head.parse(data.read_at(0, HEAD_SIZE))
+        return lsmt.open_sealed(data).head.uuid == header.uuid != NULL_UUID
+    except FormatError:
+        return False
 
 
 def lock(fd: int, name: str, *, exclusive: bool) -> None:
@@ -99,13 +116,25 @@ class PairFiles:
     head: Head  # of the index file: its size and UUIDs count
     log: lsmt.Log
 
+    def live(self) -> list[Segment]:
+        """The live map. CorruptImage."""
+        try:
+            return replay(lsmt.read_log(self.index, self.log))
+        except FormatError as error:
+            raise CorruptImage(f"read writable layer: {self.name}: {error}") from None
+
 
 @contextmanager
 def open_pair_files(data: Path, index: Path, *, change: bool) -> Iterator[PairFiles]:
     """The pair, locked against writers, or with `change` against everybody. CorruptImage if it is none."""
     with ExitStack() as undo:
-        files = [_open(path, undo, change=change) for path in (data, index)]
-        lock(files[0].fd, str(data), exclusive=change)
+        fd = _open(data, undo, change=change)
+        if change:
+            claim(fd, str(data))
+        else:
+            lock(fd, str(data), exclusive=False)
+        # Only now: whoever had the lock may have changed the one and replaced the other.
+        files = [FileAt(file, os.fstat(file).st_size) for file in (fd, _open(index, undo, change=change))]
         try:
             log = lsmt.open_log(files[1], files[0])
         except FormatError as error:
@@ -117,7 +146,8 @@ def open_pair_files(data: Path, index: Path, *, change: bool) -> Iterator[PairFi
 def open_sealed_file(path: Path) -> Iterator[tuple[FileAt, lsmt.Sealed]]:
     """A sealed layer that is neither compressed nor wrapped. CorruptImage if it is none."""
     with ExitStack() as undo:
-        file = _open(path, undo, change=False)
+        fd = _open(path, undo, change=False)
+        file = FileAt(fd, os.fstat(fd).st_size)
         try:
             sealed = lsmt.open_sealed(file)
         except FormatError as error:
@@ -125,10 +155,114 @@ def open_sealed_file(path: Path) -> Iterator[tuple[FileAt, lsmt.Sealed]]:
         yield file, sealed
 
 
-def _open(path: Path, undo: ExitStack, *, change: bool) -> FileAt:
+def _open(path: Path, undo: ExitStack, *, change: bool) -> int:
     try:
         fd = os.open(path, (os.O_RDWR if change else os.O_RDONLY) | os.O_CLOEXEC)
         undo.callback(os.close, fd)
-        return FileAt(fd, os.fstat(fd).st_size)
+        return fd
     except OSError as error:
         raise from_os("open writable layer", error, str(path)) from None
+
+
+# ---- changing a pair that nobody has open ----
+
+
+def seal_pair(data: Path, index: Path) -> int:
+    """Make the data file a read-only layer by itself: append its index and a trailer. How many entries.
+
+    Garbage stays in it. The index file is of no more use, and is left.
+    """
+    with open_pair_files(data, index, change=True) as pair, _writing("seal", data):
+        live = pair.live()
+        if len(live) > SEALED_ENTRIES_MAX:
+            raise UsageError(f"seal: {data}: {len(live)} entries, no reader takes more than {SEALED_ENTRIES_MAX}")
+        size = pair.data.size // SECTOR * SECTOR
+        tail = seal(pair.head, size, live)
+        try:
+            _write(pair.data.fd, tail[:-HEAD_SIZE], size)
+            os.fsync(pair.data.fd)
+            _write(pair.data.fd, tail[-HEAD_SIZE:], size + len(tail) - HEAD_SIZE)
+            os.fsync(pair.data.fd)
+        except OSError:
+            os.ftruncate(pair.data.fd, size)
+            raise
+        return len(live)
+
+
+def resize_pair(data: Path, index: Path, size: int) -> int:
+    """Give the disk another size, 0 being that of what is below; its size before.
+
+    What is cut off is gone: it reads as zeros if the disk becomes larger again.
+    """
+    with open_pair_files(data, index, change=True) as pair, _writing("resize", data):
+        head = replace(pair.head, virtual_size=size)
+        try:
+            field = head.build()[_SIZE_FIELD]
+        except FormatError as error:
+            raise UsageError(f"resize: {data}: {error.what}") from None
+        before = pair.head.virtual_size
+        end = max([before // SECTOR, *(segment.end for segment in pair.live())])
+        cut = b""
+        if 0 < size < end * SECTOR:
+            cut = pack(zeros(size // SECTOR, end - size // SECTOR, pair.data.size // SECTOR))
+        with replacing(index) as made:  # the size that counts, and what it cuts off, at once
+            kept = HEAD_SIZE + pair.log.index_count * ENTRY_SIZE
+            _copy(pair.index.fd, 0, made, 0, kept)
+            _write(made, cut, kept)
+            _write(made, field, _SIZE_FIELD.start)
+        _write(pair.data.fd, field, _SIZE_FIELD.start)
+        os.fdatasync(pair.data.fd)
+        return before
+
+
+_SIZE_FIELD = slice(48, 56)  # of virtual_size, in a head
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """Bytes of the data file, before and after; index entries likewise."""
+
+    data_before: int
+    data_after: int
+    entries_before: int
+    entries_after: int
+
+
+def compact_pair(data: Path, index: Path) -> Compacted:
+    """Take the garbage out of a pair, in place: what was overwritten or discarded.
+
+    Live data move into gaps that nothing points at; then a new index takes the old one's place
+    at once; then the data file is cut. It needs no room but the new index's.
+    """
+    with open_pair_files(data, index, change=True) as pair, _writing("compact", data):
+        plan = compact(pair.live())
+        for source, target, length in plan.moves:
+            _copy(pair.data.fd, source * SECTOR, pair.data.fd, target * SECTOR, length * SECTOR)
+        os.fsync(pair.data.fd)
+        with replacing(index) as made:
+            _write(made, pair.index.read_at(0, HEAD_SIZE) + pack(plan.live), 0)
+        os.ftruncate(pair.data.fd, plan.data_end * SECTOR)
+        os.fsync(pair.data.fd)
+        return Compacted(pair.data.size, plan.data_end * SECTOR, pair.log.index_count, len(plan.live))
+
+
+_COPY_SIZE = 4 << 20  # bytes at a time
+
+
+def _copy(source: int, place: int, target: int, where: int, length: int) -> None:
+    for done in range(0, length, _COPY_SIZE):
+        _write(target, os.pread(source, min(_COPY_SIZE, length - done), place + done), where + done)
+
+
+def _write(fd: int, content: bytes, place: int) -> None:
+    done = 0
+    while done < len(content):
+        done += os.pwrite(fd, memoryview(content)[done:], place + done)
+
+
+@contextmanager
+def _writing(what: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise from_os(what, error, str(path)) from None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The append-only read-write pair: writing one, replaying its log, sealing it.
+"""The append-only read-write pair: writing one, replaying its log, compacting and sealing it.
 
 The data file holds payloads in the order of the writes, the index file their entries in
 the same order; a later entry overrides an earlier one. docs/formats/lsmt.md.
@@ -7,9 +7,12 @@ the same order; a later entry overrides an earlier one. docs/formats/lsmt.md.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from heapq import heappop, heappush
+from itertools import pairwise
+from operator import itemgetter
 
 from formats.errors import FormatError
 from formats.lsmt import (
@@ -55,9 +58,13 @@ class PairWriter:
 
     def discard(self, offset: int, length: int) -> None:
         """Make sectors read as zeros, whatever lies below."""
-        for start in range(offset, offset + length, LENGTH_MAX):
-            part = min(LENGTH_MAX, offset + length - start)
-            self._index(pack_segment(Segment(start, part, self._end, True, 0)))
+        self._index(pack(zeros(offset, length, self._end)))
+
+
+def zeros(offset: int, length: int, data_end: int) -> Iterator[Segment]:
+    """The entries of a discard; all in sectors."""
+    for start in range(offset, offset + length, LENGTH_MAX):
+        yield Segment(start, min(LENGTH_MAX, offset + length - start), data_end, True, 0)
 
 
 def replay(entries: Iterable[Segment]) -> list[Segment]:
@@ -65,27 +72,89 @@ def replay(entries: Iterable[Segment]) -> list[Segment]:
 
     A stack flattens the same way: all entries of the bottom layer, then of the one above.
     """
+    # From the first sector to the last: the latest of the entries that cover a place shows, up to its end or
+    # to where a later one begins.
+    starts = sorted((entry.offset, -age, entry) for age, entry in enumerate(entries) if entry.length)
+    covering: list[tuple[int, Segment]] = []  # a heap, the latest first; some have ended already
     live: list[Segment] = []
-    for entry in entries:
-        if not entry.length:
-            continue
-        first = bisect_right(live, entry.offset, key=_end)
-        last = bisect_left(live, entry.end, key=_offset)
-        kept = [entry]
-        if first < last and live[first].offset < entry.offset:
-            kept.insert(0, live[first].cut(0, entry.offset))
-        if first < last and live[last - 1].end > entry.end:
-            kept.append(live[last - 1].cut(entry.end, live[last - 1].end))
-        live[first:last] = kept
-    return live
+    at = place = 0
+    while True:
+        while covering and covering[0][1].end <= at:
+            heappop(covering)
+        if not covering and place == len(starts):
+            return live
+        if not covering:
+            at = starts[place][0]
+        while place < len(starts) and starts[place][0] <= at:
+            heappush(covering, starts[place][1:])
+            place += 1
+        age, shown = covering[0]
+        end = shown.end
+        while place < len(starts) and starts[place][0] < end:
+            if starts[place][1] < age:
+                end = starts[place][0]
+                break
+            heappush(covering, starts[place][1:])
+            place += 1
+        live.append(shown.cut(at, end))
+        at = end
 
 
-def _end(segment: Segment) -> int:
-    return segment.end
+@dataclass(frozen=True)
+class Compaction:
+    """How a pair's data file loses its garbage: what is to be copied within it, and what is true then. Sectors."""
+
+    moves: list[tuple[int, int, int]]  # from, to, length; nothing that is live is written over
+    live: list[Segment]
+    data_end: int
 
 
-def _offset(segment: Segment) -> int:
-    return segment.offset
+def compact(live: Iterable[Segment]) -> Compaction:
+    """Move what lies behind the room that the live map needs into the gaps before it."""
+    live = list(live)
+    used = _joined(sorted((segment.moffset, segment.mend) for segment in live if not segment.zeroed))
+    data_end = HEAD_SECTORS + sum(end - start for start, end in used)
+    gaps = [(end, start) for (_, end), (start, _) in pairwise([(0, HEAD_SECTORS), *used, (data_end, data_end)])]
+    moves: list[tuple[int, int, int]] = []
+    free = iter([(start, min(end, data_end)) for start, end in gaps if start < min(end, data_end)])
+    at = room = 0
+    for start, end in used:
+        start = max(start, data_end)
+        while start < end:
+            if at == room:
+                at, room = next(free)
+            length = min(end - start, room - at)
+            moves.append((start, at, length))
+            start, at = start + length, at + length
+    return Compaction(moves, [piece for segment in live for piece in _moved(segment, moves, data_end)], data_end)
+
+
+def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted ranges as the fewest that cover the same."""
+    joined: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _moved(segment: Segment, moves: list[tuple[int, int, int]], data_end: int) -> Iterator[Segment]:
+    """A live entry where it is after the moves, in as many pieces as it then has."""
+    if segment.zeroed:
+        yield segment._replace(moffset=data_end)
+        return
+    stay = min(segment.mend, data_end) - segment.moffset
+    if stay > 0:
+        yield segment.cut(segment.offset, segment.offset + stay)
+    at = max(segment.moffset, data_end)
+    place = bisect_right(moves, at, key=itemgetter(0)) - 1
+    while at < segment.mend:
+        source, target, length = moves[place]
+        end = min(source + length, segment.mend)
+        yield Segment(segment.offset + at - segment.moffset, end - at, target + at - source, False, segment.tag)
+        at, place = end, place + 1
 
 
 def seal(head: Head, data_size: int, live: Iterable[Segment]) -> bytes:

@@ -1,28 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A writable layer as a read-only one: commit.
+"""Layers made of layers: a writable one as a read-only one (commit), several as one (merge).
 
-Only what is live is copied, in the order of the disk, to the byte as overlaybd-commit
-does it. The layer is there whole or not at all.
+Only what is live is copied, in the order of the disk; of a writable layer to the byte as
+overlaybd-commit does it. The layer is there whole or not at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from blockdev.build.disk import LayerOptions
 from blockdev.build.layerfile import LayerFile
+from blockdev.engine import Run, RunKind
 from blockdev.errors import CorruptImage, UsageError, from_os
+from blockdev.image import OpenImage
 from blockdev.replacement import replacing
 from blockdev.upper import open_pair_files, open_sealed_file
 from formats import lsmt
 from formats.errors import FormatError
-from formats.lsmt import HEAD_SIZE, NULL_UUID, SECTOR, Head, Segment
-from formats.pair import replay
+from formats.lsmt import HEAD_SIZE, NULL_UUID, SECTOR, CommitWriter, Head, Segment
 from formats.readat import ReadAt
 
-Progress = Callable[[int, int], None]  # bytes of data done, and in all
+_PIECE = 1 << 20  # bytes read at a time; a multiple of COMMIT_STEP
+
+Progress = Callable[[int, int], None]  # bytes done, and in all
+Write = Callable[[bytes | memoryview], None]
 
 
 @dataclass(frozen=True)
@@ -56,46 +60,94 @@ def commit_pair(
     options = options or CommitOptions()
     if index is None:
         with open_sealed_file(data) as (file, sealed):
-            live = lsmt.read_segments(file, sealed)
+            try:
+                live = lsmt.read_segments(file, sealed)
+            except FormatError as error:
+                raise CorruptImage(f"commit: {data}: {error}") from None
             return _commit(live, file, sealed.header, out, options, progress)
     with open_pair_files(data, index, change=False) as pair:
-        try:
-            live = replay(lsmt.read_log(pair.index, pair.log))
-        except FormatError as error:
-            raise CorruptImage(f"commit: {data} with {index}: {error}") from None
-        return _commit(live, pair.data, pair.head, out, options, progress)
+        return _commit(pair.live(), pair.data, pair.head, out, options, progress)
+
+
+def merge_image(
+    image: OpenImage, out: Path, options: CommitOptions | None = None, progress: Progress | None = None
+) -> Committed:
+    """Make one layer at `out` of all layers of an image: of its size, and on the parent of the lowest one.
+
+    What one of them zeroes stays zeroed: the layer may come to lie on another. CorruptImage, SourceError.
+    """
+    options = options or CommitOptions()
+    lowest = image.layers[0].lsmt
+    head = Head(0, image.size, parent_uuid=lowest.parent_uuid if lowest else NULL_UUID)
+    stored = 0
+
+    def copy(write: Write, merged: Head) -> Head:
+        nonlocal stored
+        writer = CommitWriter(write, merged)
+        for run in _runs(image):
+            if run.kind is RunKind.ZERO:
+                writer.zeroed(run.offset // SECTOR, run.length // SECTOR)
+            elif run.kind is RunKind.DATA:
+                stored += run.length
+                for start in range(run.offset, run.offset + run.length, _PIECE):
+                    content = image.read_at(start, min(_PIECE, run.offset + run.length - start))
+                    writer.data(start // SECTOR, content)
+            if progress:
+                progress(run.offset + run.length, image.size)
+        return writer.finish()
+
+    trailer, size = _make(copy, out, _head(head, options), options)
+    return Committed(trailer.virtual_size, stored, size, trailer.index_count, trailer.uuid, trailer.parent_uuid)
+
+
+def _runs(image: OpenImage) -> Iterator[Run]:
+    at = 0
+    while at < image.size:
+        for run in image.runs(at, image.size - at):
+            yield run
+            at = run.offset + run.length
 
 
 def _commit(
-    live: Sequence[Segment],
-    source: ReadAt,
-    head: Head,
-    out: Path,
-    options: CommitOptions,
-    progress: Progress | None,
+    live: Sequence[Segment], source: ReadAt, head: Head, out: Path, options: CommitOptions, progress: Progress | None
 ) -> Committed:
+    stored = sum(segment.length for segment in live if not segment.zeroed) * SECTOR
+
+    def copy(write: Write, committed: Head) -> Head:
+        written = -HEAD_SIZE  # the header is not counted
+
+        def counted(content: bytes | memoryview) -> None:
+            nonlocal written
+            write(content)
+            written += len(content)
+            if progress and 0 <= written <= stored:
+                progress(written, stored)
+
+        return lsmt.commit(live, [source], counted, committed)
+
+    trailer, size = _make(copy, out, _head(head, options), options)
+    return Committed(trailer.virtual_size, stored, size, trailer.index_count, trailer.uuid, trailer.parent_uuid)
+
+
+def _head(head: Head, options: CommitOptions) -> Head:
+    """What the options say of it; the rest as it is."""
     parent = options.parent_uuid if options.parent_uuid is not None else head.parent_uuid or NULL_UUID
-    head = replace(
+    return replace(
         head, uuid=options.layer.uuid.upper(), parent_uuid=parent.upper(), user_tag=options.message.encode()
     )
-    stored = sum(segment.length for segment in live if not segment.zeroed) * SECTOR
+
+
+def _make(
+    copy: Callable[[Write, Head], Head], out: Path, head: Head, options: CommitOptions
+) -> tuple[Head, int]:
+    """Have a layer written; its trailer, and its file's size."""
     with replacing(out) as target:
         try:
             head.build()
             with LayerFile(target, options.layer.wrapping, options.layer.jobs) as layer:
-                written = -HEAD_SIZE  # the header is not counted
-
-                def write(content: bytes) -> None:
-                    nonlocal written
-                    layer.write(content)
-                    written += len(content)
-                    if progress and 0 <= written <= stored:
-                        progress(written, stored)
-
-                trailer = lsmt.commit(live, [source], write, head)
-                size = layer.finish()
+                trailer = copy(layer.write, head)
+                return trailer, layer.finish()
         except FormatError as error:
-            raise UsageError(f"commit: {out}: {error.what}") from error
+            raise UsageError(f"write layer: {out}: {error.what}") from error
         except OSError as error:
-            raise from_os("commit", error, str(out)) from error
-    return Committed(trailer.virtual_size, stored, size, trailer.index_count, trailer.uuid, trailer.parent_uuid)
+            raise from_os("write layer", error, str(out)) from error

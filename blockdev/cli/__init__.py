@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from blockdev.config import DEFAULT_POLICY, default_root, parse_policy
+from blockdev.config import DEFAULT_POLICY, default_root, parse_policy, parse_size
 from blockdev.errors import BlockdevError, EngineError, UsageError
 
 # name: module, one line of help
@@ -41,11 +41,16 @@ _COMMANDS = {
     "daemon": ("daemon", "own the root in the foreground, or stop its owner"),
     "create": ("create", "make the files of an empty writable layer"),
     "commit": ("commit", "make a layer file of a writable layer"),
+    "seal": ("seal", "make a writable layer read-only where it is"),
+    "resize": ("resize", "change the size of a writable layer's disk"),
+    "compact": ("compact", "take the garbage out of a writable layer"),
+    "merge": ("merge", "make one layer file of all layers of an image"),
     "import": ("import_", "make a layer file of a raw disk"),
     "push": ("push", "push layer files to a registry as an image"),
     "convert": ("convert", "convert an ordinary image to a block image"),
     "version": ("version", "print the version"),
 }
+_NULL_UUID = "00000000-0000-0000-0000-000000000000"
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _BROKEN_PIPE = 141  # 128 + SIGPIPE: our reader left, which is its right
 
@@ -160,6 +165,18 @@ def add_upper_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="with --upper also: scratch, for no image at all")
     parser.add_argument("--upper", metavar=("DATA", "INDEX"), nargs=2, default=(), help="writable layer to lay over it")
     parser.add_argument("--rw", action="store_true", help="writes go to the writable layer, that of --upper or its own")
+
+
+def add_layer_options(parser: argparse.ArgumentParser) -> None:
+    """How the layer that a command makes of others is stored, and what its head says."""
+    parser.add_argument("-o", "--output", metavar="LAYER", type=Path, required=True)
+    parser.add_argument("-m", "--message", metavar="TEXT", default="", help="kept in the head, at most 256 bytes")
+    parser.add_argument("--codec", choices=["none", "lz4", "zstd"], default="lz4", help="(default %(default)s)")
+    parser.add_argument("--block-size", metavar="N", type=parse_size, default=4096, help="bytes (default %(default)s)")
+    parser.add_argument("--jobs", metavar="N", type=int, help="threads that compress (default: one for each core)")
+    parser.add_argument("--tar", action="store_true", help="wrap the layer in a tar, as registries have it")
+    parser.add_argument("--uuid", metavar="U", default=_NULL_UUID, help="of the layer (default: all zeros)")
+    parser.add_argument("--parent-uuid", metavar="P", help="of the layer below it (default: as it was)")
 
 
 def add_registry_options(parser: argparse.ArgumentParser) -> None:

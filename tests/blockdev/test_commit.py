@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from blockdev.build.commit import CommitOptions, commit_pair
+from blockdev.build.commit import CommitOptions, commit_pair, merge_image
 from blockdev.build.disk import LayerOptions
 from blockdev.build.layerfile import Wrapping
+from blockdev.engine import RunKind
 from blockdev.errors import CorruptImage, DeviceError, UsageError
-from blockdev.upper import create_pair, lock
+from blockdev.upper import create_pair, lock, resize_pair
 from formats.lsmt import HEAD_SIZE, NULL_UUID, SECTOR, Head
 from formats.pair import PairWriter
 from tests import fixtures
-from tests.opened import opened
+from tests.opened import opened, sha256
 
 UUID = "11111111-2222-4333-8444-555555555555"
 PARENT = "AAAAAAAA-BBBB-4CCC-8DDD-EEEEEEEEEEEE"
@@ -132,3 +133,29 @@ def test_a_pair_that_is_written_is_not_committed(tmp_path: Path, monkeypatch: py
     with data.open("rb") as shared:
         lock(shared.fileno(), "data", exclusive=False)
         commit_pair(data, index, tmp_path / "out")
+
+
+@pytest.mark.parametrize("codec", ["none", "lz4"])
+def test_layers_merged_into_one_read_as_they_did(tmp_path: Path, codec: str) -> None:
+    folder = fixtures.folder() / "03-stack"
+    layers = [folder / f"a-l{place}.lsmt" for place in range(3)]
+    with opened(*layers) as stack:
+        made = merge_image(stack, tmp_path / "merged", options(Wrapping(codec), UUID, message="one of three"))
+        size, expected = stack.size, sha256(stack)
+    with opened(tmp_path / "merged") as merged:
+        assert (made.size, merged.size, sha256(merged)) == (size, size, expected)
+        [head] = [layer.lsmt for layer in merged.layers]
+        assert head
+        assert (head.uuid, head.user_tag) == (UUID, b"one of three")
+
+
+def test_a_merged_layer_has_the_size_of_the_resized_upper_and_hides_what_it_zeroed(tmp_path: Path) -> None:
+    data, index = golden_pair(tmp_path)
+    resize_pair(data, index, 2 << 20)
+    with opened(upper=(data, index)) as pair:
+        merge_image(pair, tmp_path / "merged", options(Wrapping("none")))
+        kinds = {(run.offset, run.kind) for run in pair.runs(0, pair.size)}
+    with opened(tmp_path / "merged") as merged:
+        assert merged.size == 2 << 20
+        assert {(run.offset, run.kind) for run in merged.runs(0, merged.size)} == kinds
+        assert (1000 * SECTOR, RunKind.ZERO) in kinds

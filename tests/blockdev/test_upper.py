@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import random
+import shutil
 from pathlib import Path
 
 import pytest
 
 from blockdev.engine import Engine
-from blockdev.errors import CorruptImage, DeviceError, NotFound, UsageError
+from blockdev.errors import CorruptImage, DeviceError, EngineError, NotFound, UsageError
 from blockdev.origin import NOTHING, locate
 from blockdev.stack import open_local
-from blockdev.upper import create_pair
+from blockdev.upper import compact_pair, create_pair, resize_pair, seal_pair
 from formats import lsmt
 from formats.lsmt import HEAD_SIZE, NULL_UUID, SECTOR, CommitWriter, Head
+from tests import fixtures, oracle
 from tests.opened import opened, opened_bytes
 
 SIZE = 4 << 20
@@ -129,3 +132,107 @@ def test_a_layer_on_another_than_its_parent_is_refused(tmp_path: Path) -> None:
     pair = tmp_path / "data", tmp_path / "index"
     with pytest.raises(CorruptImage, match=f"data: .*{BASE}"), opened(tmp_path / "layer", upper=pair):
         pass
+
+
+# ---- changing a pair that nobody has open ----
+
+
+def fill(pair: tuple[Path, Path], seed: int, *, base: Path | None = None) -> None:
+    """Random writes and discards, many over each other."""
+    noise = random.Random(seed)
+    with (
+        Engine(work_threads=1) as engine,
+        locate(str(base or NOTHING), [str(path) for path in pair], write=True) as origin,
+        open_local(engine, origin) as stack,
+    ):
+        for _ in range(200):
+            offset = noise.randrange(SIZE // SECTOR // 4) * SECTOR
+            length = min(noise.choice([1, 8, 100]) * SECTOR, stack.image.size - offset)
+            if noise.random() < 0.8:
+                stack.image.image.write(offset, noise.randbytes(length))
+            else:
+                stack.image.image.zero(offset, length)
+
+
+def disk(pair: tuple[Path, Path]) -> str:
+    return oracle.flatten([], (oracle.read_file(pair[0]), oracle.read_file(pair[1]))).sha256()
+
+
+def test_sealing_the_reference_pair_gives_the_reference_layer_but_for_its_rubbish(tmp_path: Path) -> None:
+    folder = fixtures.folder() / "01-raw-lsmt"
+    for name in ("data", "index"):
+        shutil.copyfile(folder / f"basic.rw.{name}", tmp_path / name)
+    entries = seal_pair(tmp_path / "data", tmp_path / "index")
+    made, expected = (tmp_path / "data").read_bytes(), (folder / "basic.sealed").read_bytes()
+    index_end = (folder / "basic.rw.data").stat().st_size + entries * lsmt.ENTRY_SIZE
+    assert len(made) == len(expected)
+    assert made[:index_end] == expected[:index_end]
+    assert made[-HEAD_SIZE:] == expected[-HEAD_SIZE:]
+
+
+def test_a_sealed_layer_reads_as_the_pair_did_and_is_written_no_more(pair: tuple[Path, Path]) -> None:
+    fill(pair, 1)
+    before = disk(pair)
+    seal_pair(*pair)
+    assert oracle.flatten_files(pair[0]).sha256() == before
+    for again in (lambda: seal_pair(*pair), lambda: fill(pair, 2), lambda: compact_pair(*pair)):
+        with pytest.raises(UsageError, match="sealed"):
+            again()
+
+
+def test_a_pair_that_holds_a_sealed_layer_is_not_taken_for_one(pair: tuple[Path, Path]) -> None:
+    with (
+        Engine(work_threads=1) as engine,
+        locate(NOTHING, [str(path) for path in pair], write=True) as origin,
+        open_local(engine, origin) as stack,
+    ):
+        stack.image.image.write(0, layer(uuid=OTHER))
+    fill(pair, 3)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_compaction_keeps_the_disk_and_drops_the_rest(pair: tuple[Path, Path], rounds: int) -> None:
+    for seed in range(rounds):
+        fill(pair, seed)
+        before = disk(pair)
+        done = compact_pair(*pair)
+        assert disk(pair) == before
+        live = oracle.flatten([], (oracle.read_file(pair[0]), oracle.read_file(pair[1]))).live
+        stored = sum(segment.length for segment in live if not segment.zeroed)
+        assert pair[0].stat().st_size == done.data_after == HEAD_SIZE + stored * SECTOR
+        assert done.data_after < done.data_before
+    assert compact_pair(*pair).data_after == done.data_after
+
+
+def test_a_compaction_cut_off_before_the_new_index_changes_nothing(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(pair, 4)
+    before = disk(pair)
+
+    def broken(path: Path) -> None:
+        raise OSError(28, "full")
+
+    monkeypatch.setattr("blockdev.upper.replacing", broken)
+    with pytest.raises(EngineError):
+        compact_pair(*pair)
+    assert disk(pair) == before
+
+
+def test_a_disk_made_smaller_and_larger_again_has_zeros_at_its_end(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "layer").write_bytes(layer())
+    fill(pair, 5, base=tmp_path / "layer")
+    small = 16 * SECTOR
+    assert resize_pair(*pair, small) == SIZE
+    with opened(tmp_path / "layer", upper=pair) as image:
+        kept = image.read_at(0, image.size)
+        assert image.size == small
+    assert resize_pair(*pair, 2 * SIZE) == small
+    with opened(tmp_path / "layer", upper=pair) as image:
+        assert image.size == 2 * SIZE
+        assert image.read_at(0, small) == kept
+        assert not any(image.read_at(small, SIZE))
+    heads = [Head.parse(path.read_bytes()[:HEAD_SIZE]) for path in pair]
+    assert [head.virtual_size for head in heads] == [2 * SIZE, 2 * SIZE]
+    with pytest.raises(UsageError):
+        resize_pair(*pair, 1000)

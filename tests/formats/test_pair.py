@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from formats import lsmt
 from formats.errors import FormatError
 from formats.lsmt import HEAD_SIZE, SECTOR, Head, Segment
-from formats.pair import PairWriter, replay, seal
+from formats.pair import PairWriter, compact, replay, seal
 from formats.readat import BytesAt
 from tests import fixtures, requires
 from tests.mutations import damaged, value_or_format_error
@@ -111,6 +111,32 @@ def test_replay_equals_a_dict_of_sectors(log: list[Segment]) -> None:
             place = entry.moffset if entry.zeroed else entry.moffset + step
             found[entry.offset + step] = (place, entry.zeroed, entry.tag)
     assert found == expected
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 30), st.booleans()), max_size=30))
+def test_compaction_moves_only_into_what_is_dead(writes: list[tuple[int, int, bool]]) -> None:
+    log: list[Segment] = []
+    end = 8
+    for offset, length, zeroed in writes:
+        log.append(Segment(offset, length, end, zeroed, 0))
+        end += 0 if zeroed else length
+    before = list(range(end))  # each sector of the file holds its own number
+
+    def shown(entries: list[Segment], file: list[int]) -> dict[int, int]:
+        return {
+            entry.offset + step: 0 if entry.zeroed else file[entry.moffset + step]
+            for entry in entries
+            for step in range(entry.length)
+        }
+
+    plan = compact(replay(log))
+    after = list(before)
+    for source, target, length in plan.moves:
+        after[target : target + length] = before[source : source + length]
+    assert shown(replay(log), after) == shown(replay(log), before)
+    assert shown(plan.live, after[: plan.data_end]) == shown(replay(log), before)
+    stored = len({place for entry in replay(log) if not entry.zeroed for place in range(entry.moffset, entry.mend)})
+    assert plan.data_end == 8 + stored
 
 
 def test_long_writes_and_discards_are_split() -> None:

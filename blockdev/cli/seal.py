@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ociblk seal: a writable layer becomes a read-only one where it is. Local work; needs no owner."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from blockdev.cli import text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", type=Path)
+    parser.add_argument("index", metavar="INDEX", type=Path)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Append index and trailer to the data file."""
+    from blockdev.upper import seal_pair
+
+    entries = seal_pair(args.data, args.index)
+    if args.json:
+        text.print_json({"layer": str(args.data), "index_entries": entries})
