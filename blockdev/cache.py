@@ -1,29 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cache of a root: what is kept of which blob, and what may be believed of it.
+"""The cache of a root: what is kept of which blob.
 
 The engine fills and checks extents of an entry's files (blockdev/entryfiles.py); here
-entries are shared between images, verified as a whole, counted and removed. Assumes one
-process and one Cache a root. Any thread may call; the lock is held for local file
-operations only.
+entries are shared between images, counted and removed; what may be believed of one is
+openentry.py's matter. Assumes one process and one Cache a root. Any thread may call; the
+lock is held for local file operations only.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from blockdev import entryfiles, staging
 from blockdev.config import Policy
-from blockdev.engine import EXTENT_SIZE, Blob, Engine
+from blockdev.engine import Engine
 from blockdev.entryfiles import EntryFiles, Found
 from blockdev.errors import CorruptImage, DeviceError, EngineError, from_os
+from blockdev.openentry import DROP_ROUNDS, OpenEntry
 from blockdev.scan import is_bad
 from blockdev.units import UNIT_EXTENTS, Units
 from formats import presence
@@ -31,38 +30,13 @@ from formats.digests import Place, Table
 
 log = logging.getLogger(__name__)
 
-_PIECE = 4 << 20  # bytes hashed at a time; a multiple of the extent
-_WRITE_LIMIT = 10.0  # seconds for a disk to take the last fetches: some 4 MiB each
-_WRITE_POLL = 0.005  # seconds; nothing tells when a write has failed
-_DROP_ROUNDS = 100  # a reader pins an extent for one pread: one more round finds it free
-_HASH_ROUNDS = 3  # what is taken away while a blob is hashed came back once at the most: its second loss is final
-
-
-@dataclass
-class _Open:
-    """What all users of an open entry share."""
-
-    files: EntryFiles
-    blob: Blob
-    id: int
-    sealed: int | None  # what had been taken away of the blob when it was verified; None: it was not
-    units: Units | None  # what its parts are held against
-    users: int = 1
-    checking: threading.Lock = field(default_factory=threading.Lock)
-    findings: int = 0  # how often its digest has been compared, and what was wrong the last time
-    wrong: str = ""
-
-    @property
-    def verified(self) -> bool:
-        return self.sealed is not None and self.blob.stat().retired == self.sealed
-
 
 class Entry:
     """One use of a cached blob. `id` names the blob in fetches and events."""
 
-    def __init__(self, cache: Cache, shared: _Open) -> None:
+    def __init__(self, cache: Cache, shared: OpenEntry) -> None:
         self._cache = cache
-        self._shared: _Open | None = shared
+        self._shared: OpenEntry | None = shared
         self.digest = shared.files.head.blob_digest
         self.id = shared.id
         self.blob = shared.blob
@@ -92,7 +66,7 @@ class Entry:
         remembered durably. On a mismatch all of the entry is dropped: CorruptImage. If another
         thread is at it, its finding is taken.
         """
-        self._cache._verify(self._state, reach, fetching=True)
+        self._state.check(reach, fetching=True)
 
     @property
     def units(self) -> Units | None:
@@ -104,16 +78,16 @@ class Entry:
 
         load() gets the table, if it takes that. What does not match, and parts of units, are taken away.
         """
-        self._cache._trust(self._state, load)
+        self._state.trust(load)
 
     def verify_here(self) -> bool:
         """As verify(), but only if all of the blob is here now: False if not."""
-        return self._cache._verify(self._state, None, fetching=False)
+        return self._state.check(None, fetching=False)
 
     def drop_rotten(self, offset: int, length: int) -> None:
         """Take an extent away if it is not what its checksum says, whoever reads it meanwhile."""
         files = self._state.files
-        for _ in range(_DROP_ROUNDS):
+        for _ in range(DROP_ROUNDS):
             if not is_bad(files.data_fd, files.map_fd, offset, length) or self.blob.drop(offset, length):
                 return
         raise DeviceError(f"drop extent: {self.digest}: offset {offset}: it stays in use")
@@ -124,7 +98,7 @@ class Entry:
         return shared is not None and self._cache._leave(shared)
 
     @property
-    def _state(self) -> _Open:
+    def _state(self) -> OpenEntry:
         if self._shared is None:
             raise ValueError(f"cache entry {self.digest}: used after close")
         return self._shared
@@ -157,7 +131,7 @@ class Cache:
     def __init__(self, blobs: Path, engine: Engine) -> None:
         self._blobs = blobs
         self._engine = engine
-        self._open: dict[str, _Open] = {}
+        self._open: dict[str, OpenEntry] = {}
         self._last_id = 0
         self._lock = threading.Lock()
 
@@ -181,8 +155,7 @@ class Cache:
         with self._lock:
             shared = self._open.get(digest)
             if shared:
-                entryfiles.check_size(shared.files.head, size)
-                _check_place(shared, place)
+                shared.in_place(size, place)
                 shared.users += 1
             else:
                 shared = self._open[digest] = self._open_files(wanted, first_policy, place)
@@ -312,7 +285,7 @@ class Cache:
 
     # ---- open entries ----
 
-    def _open_files(self, wanted: presence.Head, policy: Policy, place: Place | None) -> _Open:
+    def _open_files(self, wanted: presence.Head, policy: Policy, place: Place | None) -> OpenEntry:
         with ExitStack() as undo:
             files = EntryFiles.open(self._blobs, wanted)
             undo.callback(files.close)
@@ -335,9 +308,9 @@ class Cache:
                 sealed = False
             undo.pop_all()
         units = Units(wanted.blob_digest, place, blob, files.read) if place else None
-        return _Open(files, blob, self._last_id, 0 if sealed else None, units)
+        return OpenEntry(files, blob, self._last_id, units, sealed=sealed)
 
-    def _leave(self, shared: _Open) -> bool:
+    def _leave(self, shared: OpenEntry) -> bool:
         with self._lock:
             shared.users -= 1
             if shared.users:
@@ -346,107 +319,3 @@ class Cache:
             shared.blob.close()
             shared.files.close()
             return True
-
-    def _trust(self, shared: _Open, load: Callable[[Units], Table]) -> None:
-        units = shared.units
-        with shared.checking:
-            if units is None or shared.files.head.table == units.place.digest:
-                return
-            table = load(units)
-            digest, size = shared.files.head.blob_digest, shared.blob.size
-            bad = list(units.bad_spans(table, entryfiles.read_table(shared.files.map_fd, size)))
-            for offset, length in bad:
-                shared.blob.drop(offset, length)
-            left = entryfiles.read_table(shared.files.map_fd, size)
-            if any(any(left[offset // EXTENT_SIZE :][:UNIT_EXTENTS]) for offset, _ in bad):
-                raise DeviceError(f"check blob: {digest}: what is wrong in the cache cannot be taken away")
-            shared.files.sync()
-            shared.files.write_table(units.place.digest)
-            log.info("blob checked against its digest table digest=%s dropped=%d", digest, len(bad))
-
-    def _verify(self, shared: _Open, reach: Callable[[int], None] | None, *, fetching: bool) -> bool:
-        seen = shared.findings  # before anything else: a blob that is dropped from now on is so by a finding
-        if not fetching and shared.blob.stat().present_bytes != shared.blob.size:
-            return False
-        with shared.checking:
-            if shared.findings == seen:  # nobody else has looked while we waited
-                shared.wrong = self._compare(shared, reach)
-                shared.findings += 1
-            if shared.wrong:
-                raise CorruptImage(shared.wrong)
-            return True
-
-    def _compare(self, shared: _Open, reach: Callable[[int], None] | None) -> str:
-        """Seal the blob, or drop it; what is wrong with its digest, "" if nothing."""
-        digest = shared.files.head.blob_digest
-        for _ in range(_HASH_ROUNDS):
-            before = shared.blob.stat().retired
-            found = _digest_of_blob(shared.blob, digest, reach)
-            if found != digest:
-                break
-            if _seal(shared, before):
-                return ""
-        else:
-            raise DeviceError(f"verify blob: {digest}: parts of it are taken away all the time")
-        dropped = _drop_all(shared.blob)
-        log.error("blob dropped digest=%s extents=%d: its content has digest %s", digest, dropped, found)
-        return f"verify blob: {digest}: offset 0: the content's digest is {found}"
-
-
-def _check_place(shared: _Open, place: Place | None) -> None:
-    digest = shared.files.head.blob_digest
-    if place is None or shared.verified:
-        return
-    if shared.units is None:
-        raise DeviceError(f"open blob: {digest}: it is in use by who does not check it: end that first")
-    if shared.units.place != place:
-        raise CorruptImage(f"open blob: {digest}: offset {place.offset}: two images promise different digest tables")
-
-
-def _seal(shared: _Open, before: int) -> bool:
-    """Mark the blob as verified, unless something was taken away since `before`. First the bytes, then the claim.
-
-    Looked at again after the claim: from then on, whatever takes an extent away breaks the seal itself.
-    """
-    _await_written(shared)
-    shared.files.sync()
-    if shared.blob.stat().retired != before:
-        return False
-    shared.files.write_seal()
-    if shared.blob.stat().retired != before:
-        shared.files.break_seal()
-        return False
-    shared.sealed = before
-    return True
-
-
-def _await_written(shared: _Open) -> None:
-    """What was fetched last is read from memory first, and in the cache a moment later, or never."""
-    deadline = time.monotonic() + _WRITE_LIMIT
-    while shared.blob.stat().present_bytes != shared.blob.size:
-        if time.monotonic() > deadline:
-            raise EngineError(f"verify blob: {shared.files.head.blob_digest}: not all of it could be written")
-        time.sleep(_WRITE_POLL)
-
-
-def _drop_all(blob: Blob) -> int:
-    """Empty the entry; extents that somebody reads at this moment in a later round."""
-    dropped = 0
-    for _ in range(_DROP_ROUNDS):
-        dropped += blob.drop(0, blob.size)
-        if not blob.stat().present_bytes:
-            return dropped
-    raise DeviceError(f"drop blob: {blob.size} bytes: some stay in use")
-
-
-def _digest_of_blob(blob: Blob, like: str, reach: Callable[[int], None] | None) -> str:
-    algorithm = like.partition(":")[0]
-    digest = hashlib.new(algorithm)
-    buffer = memoryview(bytearray(_PIECE))
-    for offset in range(0, blob.size, _PIECE):
-        piece = buffer[: min(_PIECE, blob.size - offset)]
-        if reach:
-            reach(offset + len(piece))
-        blob.read_into(offset, piece)
-        digest.update(piece)
-    return f"{algorithm}:{digest.hexdigest()}"

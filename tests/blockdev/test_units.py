@@ -41,6 +41,7 @@ class Liar:
     def __init__(self) -> None:
         self.place = self.lies = self.asked = 0
         self.ranges = True
+        self.cut: int | None = None  # of the next answer, where it breaks off
         self.requests: list[tuple[int, int]] = []  # first and last byte
         self.server = HttpServer(self._answer)
 
@@ -49,6 +50,7 @@ class Liar:
         if seen.range[0] != seen.range[1]:  # a probe asks for one byte
             self.requests.append(seen.range)
         answer = ranged(seen, BLOB) if self.ranges else Answer(200, {}, BLOB)
+        answer.cut, self.cut = self.cut, None
         at = self.place - (seen.range[0] if self.ranges else 0)
         if 0 <= at < len(answer.body):
             self.asked += 1
@@ -191,6 +193,15 @@ def test_what_comes_with_a_wrong_unit_is_not_lost(bench: Bench, undo: ExitStack)
     assert bench.cached() >= {*range(8), *range(12, 32)}
 
 
+def test_whole_units_of_an_answer_that_broke_off_are_kept(bench: Bench, undo: ExitStack) -> None:
+    blob = bench.open(undo).blob
+    blob.read_at(len(BLOB) - 1, 1)
+    bench.liar.requests.clear()
+    bench.liar.cut = 2 * UNIT + 100
+    assert same(blob.read_at(0, 5 * UNIT), 0)
+    assert bench.liar.requests == [(0, 5 * UNIT - 1), (2 * UNIT, 5 * UNIT - 1)]
+
+
 def test_it_is_right_again_when_it_comes_right(
     bench: Bench, undo: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,7 +298,7 @@ def fill_unchecked(bench: Bench, *reads: tuple[int, int]) -> None:
 def test_what_came_unchecked_is_hashed_at_its_first_use(
     bench: Bench, undo: ExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, logger="blockdev.cache")
+    caplog.set_level(logging.INFO, logger="blockdev.openentry")
     fill_unchecked(bench, (UNIT, 2 * UNIT), (5 * UNIT, EXTENT_SIZE))
     named = bench.open(undo)
     assert named.checked == SHA256

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An entry of the cache that is open, and what may be believed of it.
+
+trust()     before its first use: its parts are what its digest table says
+check()     the whole blob is what its digest says, or it is dropped
+in_place()  each of several users means the same blob
+
+Any thread may call; whoever is first does the work, the others wait for what he finds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from blockdev import entryfiles
+from blockdev.engine import EXTENT_SIZE, Blob
+from blockdev.entryfiles import EntryFiles
+from blockdev.errors import CorruptImage, DeviceError, EngineError
+from blockdev.units import UNIT_EXTENTS, Units
+from formats.digests import Place, Table
+
+log = logging.getLogger(__name__)
+
+DROP_ROUNDS = 100  # a reader pins an extent for one pread: one more round finds it free
+_PIECE = 4 << 20  # bytes hashed at a time; a multiple of the extent
+_WRITE_LIMIT = 10.0  # seconds for a disk to take the last fetches: some 4 MiB each
+_WRITE_POLL = 0.005  # seconds; nothing tells when a write has failed
+_HASH_ROUNDS = 3  # what is taken away while a blob is hashed came back once at the most: its second loss is final
+
+
+class OpenEntry:
+    """What all users of an open entry share. `users` is its cache's to count."""
+
+    def __init__(self, files: EntryFiles, blob: Blob, id: int, units: Units | None, *, sealed: bool) -> None:
+        self.files = files
+        self.blob = blob
+        self.id = id
+        self.units = units  # what its parts are held against
+        self.users = 1
+        self._sealed = 0 if sealed else None  # what had been taken away of the blob when it was verified
+        self._checking = threading.Lock()
+        self._findings = 0  # how often its digest has been compared, and what was wrong the last time
+        self._wrong = ""
+
+    @property
+    def digest(self) -> str:
+        return self.files.head.blob_digest
+
+    @property
+    def verified(self) -> bool:
+        """Whether the whole blob is here, and its digest matched."""
+        return self._sealed is not None and self.blob.stat().retired == self._sealed
+
+    def in_place(self, size: int, place: Place | None) -> None:
+        """One more wants to use it: CorruptImage if it has another size or table, DeviceError if it is not checked."""
+        entryfiles.check_size(self.files.head, size)
+        if place is None or self.verified:
+            return
+        if self.units is None:
+            raise DeviceError(f"open blob: {self.digest}: it is in use by who does not check it: end that first")
+        if self.units.place != place:
+            text = "two images promise different digest tables"
+            raise CorruptImage(f"open blob: {self.digest}: offset {place.offset}: {text}")
+
+    # ---- its parts ----
+
+    def trust(self, load: Callable[[Units], Table]) -> None:
+        """Have all that is here checked, if it was not held against the table when it came; load() gets the table."""
+        with self._checking:
+            if self.units is None or self.files.head.table == self.units.place.digest:
+                return
+            table = load(self.units)
+            bad = list(self.units.bad_spans(table, entryfiles.read_table(self.files.map_fd, self.blob.size)))
+            for offset, length in bad:
+                self.blob.drop(offset, length)
+            left = entryfiles.read_table(self.files.map_fd, self.blob.size)
+            if any(any(left[offset // EXTENT_SIZE :][:UNIT_EXTENTS]) for offset, _ in bad):
+                raise DeviceError(f"check blob: {self.digest}: what is wrong in the cache cannot be taken away")
+            self.files.sync()
+            self.files.write_table(self.units.place.digest)
+            log.info("blob checked against its digest table digest=%s dropped=%d", self.digest, len(bad))
+
+    # ---- the whole ----
+
+    def check(self, reach: Callable[[int], None] | None, *, fetching: bool) -> bool:
+        """Compare the whole blob's digest: CorruptImage if it is another, and then the blob is dropped.
+
+        reach(n) comes before bytes up to n are read. False: not all of it is here, and nothing is to be fetched.
+        """
+        seen = self._findings  # before anything else: a blob that is dropped from now on is so by a finding
+        if not fetching and self.blob.stat().present_bytes != self.blob.size:
+            return False
+        with self._checking:
+            if self._findings == seen:  # nobody else has looked while we waited
+                self._wrong = self._compare(reach)
+                self._findings += 1
+            if self._wrong:
+                raise CorruptImage(self._wrong)
+            return True
+
+    def _compare(self, reach: Callable[[int], None] | None) -> str:
+        """Seal the blob, or drop it; what is wrong with its digest, "" if nothing."""
+        for _ in range(_HASH_ROUNDS):
+            before = self.blob.stat().retired
+            found = _digest_of_blob(self.blob, self.digest, reach)
+            if found != self.digest:
+                break
+            if self._seal(before):
+                return ""
+        else:
+            raise DeviceError(f"verify blob: {self.digest}: parts of it are taken away all the time")
+        dropped = _drop_all(self.blob)
+        log.error("blob dropped digest=%s extents=%d: its content has digest %s", self.digest, dropped, found)
+        return f"verify blob: {self.digest}: offset 0: the content's digest is {found}"
+
+    def _seal(self, before: int) -> bool:
+        """Mark the blob as verified, unless something was taken away since `before`. First the bytes, then the claim.
+
+        Looked at again after the claim: from then on, whatever takes an extent away breaks the seal itself.
+        """
+        self._await_written()
+        self.files.sync()
+        if self.blob.stat().retired != before:
+            return False
+        self.files.write_seal()
+        if self.blob.stat().retired != before:
+            self.files.break_seal()
+            return False
+        self._sealed = before
+        return True
+
+    def _await_written(self) -> None:
+        """What was fetched last is read from memory first, and in the cache a moment later, or never."""
+        deadline = time.monotonic() + _WRITE_LIMIT
+        while self.blob.stat().present_bytes != self.blob.size:
+            if time.monotonic() > deadline:
+                raise EngineError(f"verify blob: {self.digest}: not all of it could be written")
+            time.sleep(_WRITE_POLL)
+
+
+def _drop_all(blob: Blob) -> int:
+    """Empty the entry; extents that somebody reads at this moment in a later round."""
+    dropped = 0
+    for _ in range(DROP_ROUNDS):
+        dropped += blob.drop(0, blob.size)
+        if not blob.stat().present_bytes:
+            return dropped
+    raise DeviceError(f"drop blob: {blob.size} bytes: some stay in use")
+
+
+def _digest_of_blob(blob: Blob, like: str, reach: Callable[[int], None] | None) -> str:
+    algorithm = like.partition(":")[0]
+    digest = hashlib.new(algorithm)
+    buffer = memoryview(bytearray(_PIECE))
+    for offset in range(0, blob.size, _PIECE):
+        piece = buffer[: min(_PIECE, blob.size - offset)]
+        if reach:
+            reach(offset + len(piece))
+        blob.read_into(offset, piece)
+        digest.update(piece)
+    return f"{algorithm}:{digest.hexdigest()}"
