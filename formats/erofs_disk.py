@@ -58,6 +58,10 @@ _DIRENT = struct.Struct("<QHBx")
 _XATTR_HEADER = struct.Struct("<IB7x")
 _XATTR = struct.Struct("<BBH")
 DIRENT_SIZE = _DIRENT.size
+_ACL_HEADER = struct.Struct("<I")
+_ACL_ENTRY = struct.Struct("<HHI")
+_ACL_VERSION = 2
+_ACL_TAGS = {1, 2, 4, 8, 16, 32}  # owner, a user, group, a group, mask, others
 
 FILE_TYPES = {
     stat.S_IFREG: 1,
@@ -310,6 +314,7 @@ def build_xattr(name: bytes, value: bytes) -> bytes:
     """One entry, padded."""
     if name in _WHOLE_NAMES:
         index, rest = _WHOLE_NAMES[name], b""
+        _check_acl(name, value)
     else:
         start, dot, rest = name.partition(b".")
         index = _PREFIXES.get(start + dot, 0)
@@ -319,6 +324,14 @@ def build_xattr(name: bytes, value: bytes) -> bytes:
         raise FormatError(f"extended attribute {name!r}: {len(value)} bytes, at most {XATTR_VALUE_MAX} fit")
     entry = _XATTR.pack(len(rest), index, len(value)) + rest + value
     return entry + bytes(-len(entry) % XATTR_UNIT)
+
+
+def _check_acl(name: bytes, value: bytes) -> None:
+    """An ACL that Linux does not take makes the file one that cannot be opened."""
+    entries = value[_ACL_HEADER.size :]
+    tags = {tag for tag, _, _ in _ACL_ENTRY.iter_unpack(entries)} if len(entries) % _ACL_ENTRY.size == 0 else set()
+    if value[: _ACL_HEADER.size] != _ACL_HEADER.pack(_ACL_VERSION) or not tags or tags - _ACL_TAGS:
+        raise FormatError(f"extended attribute {name!r}: {len(value)} bytes that are no ACL of version {_ACL_VERSION}")
 
 
 def xattr_name(index: int, rest: bytes) -> bytes:

@@ -42,7 +42,7 @@ from formats.erofs_disk import (
 )
 from formats.errors import FormatError
 from formats.readat import ReadAt, check_range
-from formats.tree import Node, Xattrs
+from formats.tree import BLOCK_SIZE, Node, Xattrs
 
 Entry = tuple[bytes, int, int]  # name, nid, type as FILE_TYPES has it
 
@@ -179,6 +179,11 @@ class FileSystem:
             raise FormatError(f"inode {inode.nid}: a link of {inode.size} bytes", inode.position)
         return self.read(inode, 0, inode.size)
 
+    def start_block(self, inode: Inode) -> int:
+        """Where a regular file's content is, in tree.BLOCK_SIZE; 0 if it is not in one run from such a block on."""
+        start = inode.word * self._block_size if inode.size and inode.layout == FLAT_PLAIN else 0
+        return 0 if start % BLOCK_SIZE else start // BLOCK_SIZE
+
     def _run(self, inode: Inode, offset: int) -> tuple[int | None, int]:
         """Where content from offset on lies (None: zeros), and for how long it does so."""
         size = self._block_size
@@ -239,7 +244,7 @@ class FileSystem:
     # ---- everything ----
 
     def tree(self) -> Node:
-        """All of it. A regular file's block is set where its content is in whole consecutive blocks, else 0."""
+        """All of it. A regular file's block is set where its content is in one run from such a block on, else 0."""
         return _Walk(self, self._disk.size).tree()
 
     # ---- bytes ----
@@ -310,7 +315,7 @@ class _Walk:
         node = Node(inode.mode, inode.uid, inode.gid, inode.mtime_ns, inode.links, xattrs, device=inode.device)
         if kind == stat.S_IFREG:
             node.size = inode.size
-            node.block = inode.word if inode.size and inode.layout == FLAT_PLAIN else 0
+            node.block = self._files.start_block(inode)
         elif kind == stat.S_IFLNK:
             node.target = self._files.readlink(inode)
         elif kind == stat.S_IFDIR:

@@ -52,6 +52,13 @@ PARSERS: dict[str, dict[str, tuple[str, ...]]] = {
     "table": {"formats/digests.py": ("TableWriter.", "find")},
     "document": {"formats/oci.py": (), "formats/layout.py": (), "formats/imagespec.py": ()},
     "handshake": {"formats/nbdwire.py": ()},
+    "erofs": {
+        "formats/erofs_reader.py": (),
+        "formats/erofs_disk.py": (
+            *("Superblock.build", "check_node", "check_name", "build_inode", "encoded_device"),
+            *("directory_extent", "directory_blocks", "_directory_block", "build_xattr", "xattr_area", "xattr_count"),
+        ),
+    },
 }
 
 Lines = dict[str, tuple[int, int]]

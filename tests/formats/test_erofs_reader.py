@@ -147,6 +147,26 @@ def test_content_is_read_from_any_offset(tmp_path: Path) -> None:
         assert files.read(inode, offset, length) == content[offset : offset + length]
 
 
+def test_blocks_of_another_size_are_counted_as_trees_do(tmp_path: Path) -> None:
+    """A disk with one file, made one of 2048-byte blocks: addresses double, and a file may start between."""
+    _, disk, _ = built(tmp_path, lambda disk: directory({b"f": disk.file(b"a" * 2048 + b"b" * 2048)}))
+    content = bytearray(disk.path.read_bytes())
+    content[SUPERBLOCK_OFFSET + 8] = 0  # no checksum
+    content[SUPERBLOCK_OFFSET + 12] = 11
+    for place in (40, 44):
+        content[SUPERBLOCK_OFFSET + place] *= 2
+    for word, block, wanted in ((2, 1, b"a"), (3, 0, b"b")):
+        inode = FileSystem(BytesAt(bytes(content))).lookup(b"f")
+        assert inode is not None
+        content[inode.position + 16] = word
+        files = FileSystem(BytesAt(bytes(content)))
+        [node] = (files.tree().children or {}).values()
+        assert node.block == block
+        moved = files.lookup(b"f")
+        assert moved is not None
+        assert files.read(moved, 0, 1) == wanted
+
+
 # ---- hostile disks ----
 
 

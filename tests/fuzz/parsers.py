@@ -24,6 +24,7 @@ from formats.crc32c import crc32c, standard
 from formats.errors import FormatError
 from formats.readat import BytesAt
 from tests import oracle
+from tests.fuzz.filesystems import erofs
 
 FIX = 1  # bit of the first byte: make checksums right
 SEAL = 2  # bit of the first byte: a presence map's seal is right too
@@ -355,6 +356,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "table": table,
     "document": document,
     "handshake": handshake,
+    "erofs": erofs,
 }
 
 
