@@ -1,20 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tars built header by header, so that they can say anything; and what a merged tree says, in a form to compare."""
+"""Tars built header by header, so that they can say anything; and the trees that such add up to."""
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
-import stat
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import NamedTuple
 
 from blockdev.build.tree import Tree
 from formats.archive import Archive
 from formats.tarheader import BLOCK
-from formats.tree import Node, Xattrs
+from formats.tree import Node
 
 END = bytes(2 * BLOCK)
 USTAR = b"ustar\x0000"
@@ -119,23 +114,25 @@ def reader(tar: bytes, piece: int = 1 << 20) -> Callable[[int], bytes]:
 
 
 class Contents:
-    """A store that keeps each file's digest. Content lies where it says, holes between are zeros."""
+    """A store that keeps the files' bytes. Content lies where it says, holes are zeros."""
 
     def __init__(self) -> None:
-        self.digests: list[str] = [hashlib.sha256().hexdigest()]
+        self.files: list[bytes] = [b""]
 
     def __call__(self, size: int, content: Iterator[tuple[int, bytes | memoryview]]) -> int:
-        digest = hashlib.sha256()
-        at = 0
+        kept = bytearray(size)
+        end = 0
         for offset, piece in content:
-            assert at <= offset
-            assert offset + len(piece) <= size
-            digest.update(bytes(offset - at))
-            digest.update(piece)
-            at = offset + len(piece)
-        digest.update(bytes(size - at))
-        self.digests.append(digest.hexdigest())
-        return len(self.digests) - 1
+            assert end <= offset
+            end = offset + len(piece)
+            assert end <= size
+            kept[offset:end] = piece
+        self.files.append(bytes(kept))
+        return len(self.files) - 1
+
+    def of(self, node: Node) -> bytes:
+        """What a regular file holds."""
+        return self.files[node.block]
 
 
 def merged(*layers: bytes, contents: Contents | None = None) -> Tree:
@@ -156,52 +153,3 @@ def paths(root: Node, prefix: bytes = b"") -> Iterator[tuple[bytes, Node]]:
 
 def names(tree: Tree) -> list[bytes]:
     return [path for path, _ in paths(tree.root)]
-
-
-class Described(NamedTuple):
-    """Everything an inode says, its content by digest."""
-
-    mode: int
-    owner: tuple[int, int]
-    mtime_ns: int
-    links: int
-    size: int
-    content: str | bytes
-    device: tuple[int, int]
-    xattrs: Xattrs
-
-
-def described(node: Node, contents: Contents) -> Described:
-    """A node of a tree. A directory has no size here."""
-    return Described(
-        node.mode,
-        (node.uid, node.gid),
-        node.mtime_ns,
-        node.links,
-        node.size,
-        contents.digests[node.block] if stat.S_ISREG(node.mode) else node.target,
-        node.device,
-        node.xattrs,
-    )
-
-
-def scanned(place: Path, named: bytes) -> Described:
-    """A file of this machine."""
-    path = os.path.join(os.fsencode(place), named)  # noqa: PTH118
-    found = os.lstat(path)
-    content: str | bytes = b""
-    if stat.S_ISREG(found.st_mode):
-        content = hashlib.sha256(Path(os.fsdecode(path)).read_bytes()).hexdigest()
-    elif stat.S_ISLNK(found.st_mode):
-        content = os.readlink(path)  # noqa: PTH115
-    known = os.listxattr(path, follow_symlinks=False)
-    return Described(
-        found.st_mode,
-        (found.st_uid, found.st_gid),
-        found.st_mtime_ns,
-        found.st_nlink,
-        found.st_size if stat.S_ISREG(found.st_mode) else 0,
-        content,
-        (os.major(found.st_rdev), os.minor(found.st_rdev)),
-        tuple(sorted((os.fsencode(name), os.getxattr(path, name, follow_symlinks=False)) for name in known)),
-    )

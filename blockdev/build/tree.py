@@ -104,16 +104,13 @@ class _Merge:
         if member.kind is Kind.DIRECTORY:
             self._add_directory(directory, name, member)
             return
+        if name in _children(directory):
+            self._remove(directory, name)
         if member.kind is Kind.HARDLINK:
             node = self._linked(member)
-            if _children(directory).get(name) is node:
-                self._mark(directory, name)
-                return
             node.links += 1
         else:
             node = self._made(member, archive)
-        if name in _children(directory):
-            self._remove(directory, name)
         self._put(directory, name, node, member)
 
     # ---- nodes ----
@@ -169,11 +166,10 @@ class _Merge:
         return kept
 
     def _linked(self, member: Member) -> Node:
-        """What a hard link is to be a further name of. As everywhere, the entry for that must come first."""
+        """What a hard link is to be a further name of: not what it has just replaced, nor what comes later."""
         parts = _cleaned(member.link, member)
-        trail = self._walk(parts[:-1], member) if parts else [None]
-        directory = trail[-1]
-        node = _children(directory).get(parts[-1]) if directory else None
+        trail = self._walk(parts[:-1], member)
+        node = _child(trail[-1], parts[-1]) if parts else None
         if node is None:
             raise _refused(f"hard link to {_shown(member.link)}, which is not there", member)
         if node.children is not None:
@@ -230,7 +226,7 @@ class _Merge:
         if hidden in (b"", b".", b".."):
             raise _refused("whiteout of nothing", member)
         directory = self._walk(_cleaned(head, member), member)[-1]
-        if directory is None or not self.over_lower:
+        if directory is None or directory.children is None or not self.over_lower:
             return
         if name == _OPAQUE:
             self._clear(directory)
@@ -267,6 +263,8 @@ class _Merge:
         trail = self._walk(_cleaned(head, member), member, names)
         here = self._tree.root
         for name, node in zip(names, trail[1:], strict=True):
+            if node is not None and node.children is None:
+                raise _refused(f"{_shown(name)} on the way is not a directory", member)
             if node is None:
                 node = Node(_NEW_DIRECTORY, links=2, children={})
                 self._put(here, name, node, member)
@@ -279,7 +277,10 @@ class _Merge:
         return here
 
     def _walk(self, parts: list[bytes], member: Member, names: list[bytes] | None = None) -> list[Node | None]:
-        """The root and the directories that a path leads through, None where there are none yet; their names."""
+        """The root and what a path leads through, None where there is nothing; the names of that.
+
+        Symbolic links are followed, but not into being: `..` after what is missing, or is no directory, goes back.
+        """
         names = [] if names is None else names
         trail: list[Node | None] = [self._tree.root]
         waiting = parts[::-1]
@@ -289,14 +290,11 @@ class _Merge:
             if part == b"..":
                 del trail[max(1, len(trail) - 1) :], names[max(0, len(names) - 1) :]
                 continue
-            here = trail[-1]
-            node = _children(here).get(part) if here else None
-            if node is None or node.children is not None:
+            node = _child(trail[-1], part)
+            if node is None or not stat.S_ISLNK(node.mode):
                 trail.append(node)
                 names.append(part)
                 continue
-            if not stat.S_ISLNK(node.mode):
-                raise _refused(f"{_shown(part)} on the way is not a directory", member)
             links += 1
             if links > _LINKS_FOLLOWED:
                 raise _refused("too many symbolic links on the way", member)
@@ -312,6 +310,11 @@ def _children(directory: Node) -> dict[bytes, Node]:
     """The children of what is known to be a directory."""
     assert directory.children is not None
     return directory.children
+
+
+def _child(directory: Node | None, name: bytes) -> Node | None:
+    """What has this name in what may be no directory, or nothing."""
+    return directory.children.get(name) if directory and directory.children else None
 
 
 def _split(member: Member) -> tuple[bytes, bytes]:
