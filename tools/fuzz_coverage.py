@@ -50,6 +50,13 @@ PARSERS: dict[str, dict[str, tuple[str, ...]]] = {
     "log": {"formats/pair.py": ("PairWriter.",)},
     "head": {"formats/presence.py": ()},
     "table": {"formats/digests.py": ("TableWriter.", "find")},
+    "archive": {
+        "formats/archive.py": (),
+        "formats/sparse.py": (),
+        "formats/tarheader.py": ("rounded",),
+        "blockdev/build/plain.py": (),
+        "blockdev/build/tree.py": (),
+    },
     "document": {"formats/oci.py": (), "formats/layout.py": (), "formats/imagespec.py": ()},
     "handshake": {"formats/nbdwire.py": ()},
     "erofs": {

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 # An editable install brings a finder of its own, whose modules atheris cannot instrument.
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
 
-with atheris.instrument_imports(include=["formats", "json"]):
+with atheris.instrument_imports(include=["formats", "blockdev.build", "json"]):
     from tests.fuzz import parsers
 
 if __name__ == "__main__":
