@@ -120,14 +120,12 @@ class Contents:
         self.files: list[bytes] = [b""]
 
     def __call__(self, size: int, content: Iterator[tuple[int, bytes | memoryview]]) -> int:
-        kept = bytearray(size)
-        end = 0
+        kept = bytearray()
         for offset, piece in content:
-            assert end <= offset
-            end = offset + len(piece)
-            assert end <= size
-            kept[offset:end] = piece
-        self.files.append(bytes(kept))
+            assert len(kept) <= offset
+            kept += bytes(offset - len(kept)) + piece
+            assert len(kept) <= size
+        self.files.append(bytes(kept) + bytes(size - len(kept)))
         return len(self.files) - 1
 
     def of(self, node: Node) -> bytes:

@@ -42,6 +42,7 @@ _NAME_COST = 400
 _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
 _PLACES_KEPT = 1024
+_SHOWN = 300  # bytes of a path in a message
 
 _TYPES = {
     Kind.FILE: stat.S_IFREG,
@@ -345,4 +346,4 @@ def _refused(why: str, member: Member) -> FormatError:
 
 def _shown(path: bytes) -> str:
     """A path in a message: printable, and not too long."""
-    return repr(path[:PATH_MAX])[2:-1]
+    return repr(path if len(path) <= _SHOWN else path[:_SHOWN] + b"...")[2:-1]
