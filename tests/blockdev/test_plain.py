@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from blockdev.build.plain import plain
@@ -152,13 +152,11 @@ def test_bad_heads_and_blocks_of_zstd_are_refused(blob: bytes) -> None:
         unpacked(blob)
 
 
-@settings(deadline=None)
 @given(content=damaged([blob for blob in WHOLE.values() if len(blob) < 20_000] + [gzip.compress(b"x"), zstd(b"x")]))
 def test_damaged_blobs_are_bytes_or_format_errors(content: bytes) -> None:
     value_or_format_error(lambda: unpacked(content))
 
 
-@settings(deadline=None)
 @given(
     parts=st.lists(st.binary(max_size=300), max_size=6),
     compress=st.sampled_from((gzip.compress, zstd)),

@@ -97,7 +97,6 @@ def test_all_kinds_and_their_fields() -> None:
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-@settings(deadline=None)
 @given(
     name=st.text("abc/é中", min_size=1, max_size=120).filter(lambda n: n.strip("/")),
     mode=st.integers(0, 0o7777),
@@ -452,7 +451,6 @@ def test_a_cut_tar_is_refused(cut: int) -> None:
     refused(file(b"a", b"content")[:cut], "the tar ends")
 
 
-@settings(deadline=None)
 @given(piece=st.integers(1, 3000), take=st.integers(0, 3))
 def test_pieces_of_any_size_and_content_that_nobody_reads(piece: int, take: int) -> None:
     sizes = [0, 1, 511, 512, 513, 5000]
@@ -485,7 +483,7 @@ def resummed(tar: bytes) -> bytes:
     return b"".join(summed(block) if block[257:262] == b"ustar" and len(block) == BLOCK else block for block in blocks)
 
 
-@settings(deadline=None, max_examples=scaled(300, 20_000))
+@settings(max_examples=scaled(300, 20_000))
 @given(content=damaged(SEEDS, hot=[range(100, 160), range(512, 600), range(1024 + 100, 1024 + 160)]), fix=st.booleans())
 def test_damaged_tars_are_values_or_format_errors(content: bytes, fix: bool) -> None:
     tar = resummed(content) if fix else content
