@@ -26,7 +26,7 @@ from blockdev.build.plain import plain
 from blockdev.build.result import Kind, put_image, put_index
 from blockdev.build.sending import Finished, Meter, Progress, Sending
 from blockdev.build.sourceimage import Archived, SourceImage, choose
-from blockdev.build.workshop import Workshop, Written
+from blockdev.build.workshop import Made, Workshop, Written
 from blockdev.errors import CorruptImage, UsageError, from_os
 from blockdev.registry.client import Document
 from formats import oci
@@ -38,30 +38,34 @@ _REST = 1 << 20  # bytes read at a time of what follows an archive's end
 
 
 class Disk(Protocol):
-    """A disk in the making: ErofsDisk."""
+    """A disk in the making, with no layer yet: ErofsDisk, Ext4Disk."""
 
     def write(self, read: Read, head: Head, file: BinaryIO, name: str) -> Written: ...
-    def follow(self, read: Read, written: Written, name: str) -> None: ...
+    def follow(self, read: Read, written: Written, file: BinaryIO, name: str) -> None: ...
+    def fits(self, below: Written | None, written: Written) -> bool:
+        """Whether a layer that was written before goes over this one; None: over nothing."""
 
 
-DISKS: dict[str, Callable[[Wrapping, int], Disk]] = {"erofs": ErofsDisk}
-FILE_SYSTEMS = ("erofs", "ext4")
+_Known = tuple[Made, BinaryIO] | None  # a layer that an earlier run has made, if one has
+MakeDisk = Callable[[Wrapping, int], Disk]  # how layers are stored, and threads that compress
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert. platform: None stands for all that the image has; jobs: threads that compress."""
+    """How to convert. platform: None stands for all that the image has; jobs: threads that compress.
+
+    file_system: the kernel's name of what `disk` makes.
+    """
 
     platform: oci.Platform | None
     file_system: str = "erofs"
+    disk: MakeDisk = ErofsDisk
     wrapping: Wrapping = field(default_factory=lambda: Wrapping(tar=True, digests=True))
     jobs: int = field(default_factory=all_cores)
     referrer: bool = False
 
     def check(self) -> None:
         """UsageError if nothing can be made so."""
-        if self.file_system not in DISKS:
-            raise UsageError(f"converting failed: --fs {self.file_system}: only {', '.join(DISKS)} can be made")
         if self.jobs < 1:
             raise UsageError(f"converting failed: {self.jobs} jobs: want 1 or more")
         self.wrapping.check()
@@ -134,9 +138,9 @@ def _convert_image(
 ) -> list[Future[Finished]]:
     """The main flow: every layer of an image, bottom first, each handed on to be sent."""
     keys = [_key(image.layers[: count + 1], options) for count in range(len(image.layers))]
-    found = [workshop.find(key) for key in keys]
+    disk = options.disk(options.wrapping, options.jobs)
+    found = _usable([workshop.find(key) for key in keys], disk)
     missing = [number for number, known in enumerate(found) if known is None]
-    disk = DISKS[options.file_system](options.wrapping, options.jobs)
     futures = []
     parent = NULL_UUID
     for number, layer in enumerate(image.layers):
@@ -151,11 +155,20 @@ def _convert_image(
         else:
             if missing and number < missing[-1]:
                 with _archive(source, layer, sending.meter) as read:
-                    disk.follow(read, known[0].written, f"{source.name}@{layer.blob.digest}")
+                    disk.follow(read, known[0].written, known[1], f"{source.name}@{layer.blob.digest}")
             futures.append(sending.resend(keys[number], layer, *known))
         sending.meter.passed(layer)
         parent = layer.uuid
     return futures
+
+
+def _usable(found: list[_Known], disk: Disk) -> list[_Known]:
+    """Without those that were made to lie over another layer than the one below them is now."""
+    usable: list[_Known] = []
+    for known in found:
+        below = usable[-1][0].written if usable and usable[-1] else None
+        usable.append(known if known and disk.fits(below, known[0].written) else None)
+    return usable
 
 
 def _write(disk: Disk, read: Read, head: Head, file: BinaryIO, name: str) -> Written:

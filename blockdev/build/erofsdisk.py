@@ -42,7 +42,11 @@ class ErofsDisk:
         annotations = out.table.place.annotations() if out.table else {}
         return Written(size, start, layer.next_block, self._uuid.hex(), annotations)
 
-    def follow(self, read: Read, written: Written, name: str) -> None:
+    def fits(self, below: Written | None, written: Written) -> bool:
+        """As Disk.fits(): equal archives give equal layers."""
+        return True
+
+    def follow(self, read: Read, written: Written, file: BinaryIO, name: str) -> None:
         """Go on from a layer that was written before, from the same archive."""
         layer = BlockLayer(Nowhere(), Head(0, 0), self._contents, written.start)
         self._tree.apply(Archive(read), layer.store, name)

@@ -7,22 +7,19 @@ This process fetches, converts and sends; the owner takes what was built into it
 from __future__ import annotations
 
 import argparse
-import os
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from blockdev import client
 from blockdev.cli import add_registry_options, text
-from blockdev.cli.ask import certificates
 from blockdev.config import parse_size
 from blockdev.errors import UsageError
-from blockdev.origin import LAYOUT_PREFIX
 from blockdev.root import Root
 
 if TYPE_CHECKING:
-    from blockdev.build.depot import Depot
-    from blockdev.registry.client import Client
+    from blockdev.build.convert import MakeDisk
 
 BLOCK_SIZE = 16 << 10  # a tenth smaller than 4 KiB; docs/decisions/0010
 
@@ -51,20 +48,22 @@ def run(args: argparse.Namespace) -> None:
     from blockdev.build.disk import all_cores
     from blockdev.build.layerfile import Wrapping
     from blockdev.build.workshop import Workshop
+    from blockdev.cli.depots import Depots
 
-    options = Options(
-        None if args.all_platforms else _platform(args.platform),
-        args.fs,
-        Wrapping(args.codec, args.block_size, tar=True, digests=True),
-        all_cores() if args.jobs is None else args.jobs,
-        args.referrer,
-    )
-    options.check()
     shows = {"converted": text.progress("converted"), "pushed": text.progress("pushed")}
     with ExitStack() as stack:
-        clients = _Clients(args, stack)
-        source, target = clients.depot(args.source), clients.depot(args.target)
-        place = clients.place(args.target)
+        options = Options(
+            None if args.all_platforms else _platform(args.platform),
+            args.fs,
+            _maker(args, stack),
+            Wrapping(args.codec, args.block_size, tar=True, digests=True),
+            all_cores() if args.jobs is None else args.jobs,
+            args.referrer,
+        )
+        options.check()
+        depots = Depots(args, stack)
+        source, target = depots.depot(args.source), depots.depot(args.target)
+        place = depots.place(args.target)
         if place and "@" in args.target:
             raise UsageError(f"converting failed: {args.target}: want a tag to write to, not a digest")
         # The owner first: what cannot be kept shall fail before anything is sent.
@@ -83,56 +82,19 @@ def run(args: argparse.Namespace) -> None:
         print(f"{target.name}@{converted.digest}" if place else target.place)
 
 
-class _Clients:
-    """Registries by name: source and target may be in one."""
+def _maker(args: argparse.Namespace, undo: ExitStack) -> MakeDisk:
+    """What makes the disk of the file system that was asked for."""
+    if args.fs == "erofs":
+        from blockdev.build.erofsdisk import ErofsDisk
 
-    def __init__(self, args: argparse.Namespace, stack: ExitStack) -> None:
-        from blockdev.registry.credentials import Provider
+        return ErofsDisk
+    from blockdev.build.ext4disk import Ext4Disk, Place, check_rights
+    from blockdev.cli.attached import attached
 
-        self._provider = Provider.of_environment(os.environ)
-        self._ca = certificates(args.ca) or None
-        self._plain_http = args.plain_http
-        self._stack = stack
-        self._clients: dict[str, Client] = {}
-
-    def depot(self, name: str) -> Depot:
-        """What SRC or DST stands for."""
-        from blockdev.build.layout import Layout
-        from blockdev.build.repository import Repository
-
-        if name.startswith(LAYOUT_PREFIX):
-            return Layout.parse(name.removeprefix(LAYOUT_PREFIX))
-        reference = _reference(name)
-        return Repository(self._client(reference.registry), reference)
-
-    def place(self, name: str) -> dict[str, Any] | None:
-        """Where the blobs of an image can be had again; None if that is no registry."""
-        if name.startswith(LAYOUT_PREFIX):
-            return None
-        reference = _reference(name)
-        return {
-            "registry": reference.registry,
-            "repository": reference.repository,
-            "plain_http": self._plain_http,
-        }
-
-    def _client(self, registry: str) -> Client:
-        from blockdev.registry.client import Client
-
-        if registry not in self._clients:
-            self._clients[registry] = Client(registry, self._provider, ca=self._ca, plain_http=self._plain_http)
-            self._stack.callback(self._clients[registry].close)
-        return self._clients[registry]
-
-
-def _reference(name: str) -> Any:
-    from formats.errors import FormatError
-    from formats.oci import Reference
-
-    try:
-        return Reference.parse(name)
-    except FormatError as error:
-        raise UsageError(f"reading the image name failed: {name}: {error}") from None
+    check_rights()
+    root = Root(args.root)
+    place = Place(partial(attached, root), root.path, undo)
+    return lambda wrapping, jobs: Ext4Disk(wrapping, jobs, place)
 
 
 def _platform(text: str | None) -> Any:

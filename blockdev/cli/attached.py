@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers with a writable one on top, as a file that can be written: what `convert --fs ext4` works on.
+
+The owner serves it, as it serves every writable device: it holds what must not wait for the
+device itself under memory pressure. The FUSE mount is ours, and gone when the block ends.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from blockdev import client, mountpoint
+from blockdev.cli import text
+from blockdev.config import DEFAULT_POLICY
+from blockdev.errors import BlockdevError
+from blockdev.origin import NOTHING, Part, locate
+from blockdev.root import Root
+
+
+@contextmanager
+def attached(root: Root, layers: Sequence[int], pair: tuple[Path, Path], file: Path) -> Iterator[None]:
+    """`file` is the disk of the layers (descriptors, bottom first) and the pair, until the block ends."""
+    with locate(NOTHING, [str(path) for path in pair], write=True) as origin:
+        origin.layers = [Part(f"layer {place}", os.fstat(fd).st_size, fd=fd) for place, fd in enumerate(layers)]
+        image, descriptors = origin.to_wire()
+        with client.connect(root, text.print_notice) as owner:
+            owner.call("mount", {"image": image, "policy": DEFAULT_POLICY}, descriptors)
+            try:
+                fuse = mountpoint.mount_file(file, writable=True)
+                try:
+                    owner.call("fuse", descriptors=[fuse])
+                finally:
+                    os.close(fuse)  # the owner has it; its end has to end the file
+                owner.call("mounted", {"where": str(file), "how": "while it is converted"})
+                origin.close()  # what is locked is the owner's now, until it has closed the pair
+                yield
+            except BaseException:
+                with suppress(BlockdevError):  # the error that brought us here is the one to tell
+                    mountpoint.force_umount(file)
+                raise
+            mountpoint.umount(file)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""convert --fs ext4: the kernel's own ext4, layer by layer, clean, and the same each time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockdev.root import Root
+from tests import images, requires
+
+LIMIT = float(requires.scaled(120, 3600))  # seconds for one command
+SHAPES = ("shell", "large") if requires.FULL else ("shell",)
+
+Does = Callable[..., str]
+
+
+@pytest.fixture
+def does(ociblk: str, root: Root) -> Does:
+    """does(words): what the command prints; it has to succeed."""
+    requires.requires_mount()
+    requires.requires_command("mkfs.ext4", "e2fsck")
+
+    def does(*words: str | Path) -> str:
+        command = [ociblk, *map(str, words), "--root", str(root.path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return does
+
+
+def layers_of(converted: str) -> list[dict[str, Any]]:
+    (image,) = json.loads(converted)["images"]
+    found: list[dict[str, Any]] = image["layers"]
+    return found
+
+
+def convert(does: Does, source: str, target: Path) -> list[dict[str, Any]]:
+    return layers_of(does("convert", source, f"oci:{target}:1", "--fs", "ext4", "--json"))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_an_ext4_image_is_its_source_and_clean_and_its_programs_run(
+    does: Does, tmp_path: Path, name: str, record_measured: Callable[[str, dict[str, object]], None]
+) -> None:
+    source, mount = images.image(name), tmp_path / "mount"
+    started = time.monotonic()
+    layers = convert(does, source, tmp_path / "target")
+    seconds = time.monotonic() - started
+    mount.mkdir()
+    does("mount", f"oci:{tmp_path}/target:1", mount)
+    try:
+        found = json.loads(does("verify", source, mount, "--json"))
+        for program in images.SHAPES[name].programs:
+            subprocess.run(["chroot", mount, *program], check=True, timeout=LIMIT, stdout=subprocess.DEVNULL)
+    finally:
+        does("umount", mount)
+    does("export", f"oci:{tmp_path}/target:1", "-o", tmp_path / "disk")
+    checked = subprocess.run(["e2fsck", "-fn", tmp_path / "disk"], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+    size = sum(layer["size"] for layer in layers)
+    figures = {"convert_seconds": round(seconds, 1), "layers": len(layers), "layers_mib": round(size / (1 << 20), 1)}
+    record_measured(f"ext4-{name}", {**figures, **{key: found[key] for key in ("entries", "files", "content")}})
+
+
+def test_an_ext4_image_comes_out_the_same_again(does: Does, root: Root, tmp_path: Path) -> None:
+    source = images.image("shell")
+    first = convert(does, source, tmp_path / "first")
+    # The second time from nothing, the third time on from the second layer.
+    shutil.rmtree(root.path / "converted")
+    second = convert(does, source, tmp_path / "second")
+    forgotten = [layer["digest"].encode() for layer in first[2:]]
+    for record in list((root.path / "converted").iterdir()):
+        if any(digest in record.read_bytes() for digest in forgotten):
+            record.unlink()
+    third = convert(does, source, tmp_path / "third")
+    digests = [[layer["digest"] for layer in layers] for layers in (first, second, third)]
+    assert digests[0] == digests[1] == digests[2]
+    assert [layer["reused"] for layer in third] == [True, True, False, False]
+
+
+def test_layers_over_an_ext4_that_was_made_anew_are_made_anew(does: Does, root: Root, tmp_path: Path) -> None:
+    source = images.image("shell")
+    layers = convert(does, source, tmp_path / "first")
+    (record,) = [
+        path for path in (root.path / "converted").iterdir() if layers[1]["digest"].encode() in path.read_bytes()
+    ]
+    # As if it had come out differently: a record of other blocks.
+    content = json.loads(record.read_text())
+    content["written"]["state"] = f"{'0' * 64}{content['written']['state'][64:]}"
+    record.write_text(json.dumps(content))
+    again = convert(does, source, tmp_path / "second")
+    assert [layer["reused"] for layer in again] == [True, True, False, False]
+
+
+def test_only_root_can_convert_to_ext4(ociblk: str, tmp_path: Path) -> None:
+    requires.requires_root()
+    home = tmp_path / "home"
+    home.mkdir()
+    os.chown(home, 65534, 65534)
+    command = [ociblk, "convert", f"oci:{tmp_path}", f"oci:{home}/x", "--fs", "ext4", "--root", home / "root"]
+    refused = subprocess.run(
+        command, user=65534, group=65534, extra_groups=[], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 4
+    assert "--fs ext4: only root can mount" in refused.stderr
