@@ -11,21 +11,21 @@ nothing half-made is ever to be had.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import BinaryIO, Protocol
 
-from blockdev.build.ahead import Ahead
 from blockdev.build.depot import Depot, Read
 from blockdev.build.disk import all_cores
 from blockdev.build.erofsdisk import ErofsDisk
 from blockdev.build.layerfile import Wrapping
-from blockdev.build.plain import plain
 from blockdev.build.result import Kind, put_image, put_index
 from blockdev.build.sending import Finished, Meter, Progress, Sending
 from blockdev.build.sourceimage import Archived, SourceImage, choose
+from blockdev.build.unpacking import Unpacking
 from blockdev.build.workshop import Made, Workshop, Written
 from blockdev.errors import CorruptImage, UsageError, from_os
 from blockdev.registry.client import Document
@@ -34,7 +34,6 @@ from formats.errors import FormatError
 from formats.lsmt import NULL_UUID, Head
 
 _GENERATION = 1  # of what comes out of a layer: another one, and layers of earlier runs are not taken for the same
-_REST = 1 << 20  # bytes read at a time of what follows an archive's end
 
 
 class Disk(Protocol):
@@ -140,25 +139,28 @@ def _convert_image(
     keys = [_key(image.layers[: count + 1], options) for count in range(len(image.layers))]
     disk = options.disk(options.wrapping, options.jobs)
     found = _usable([workshop.find(key) for key in keys], disk)
-    missing = [number for number, known in enumerate(found) if known is None]
+    # What was made before has to be read all the same, if a layer above it is to be made.
+    reads = max((number + 1 for number, known in enumerate(found) if known is None), default=0)
+    for layer in image.layers[reads:]:
+        sending.meter.skip(layer)
     futures = []
     parent = NULL_UUID
-    for number, layer in enumerate(image.layers):
-        sending.check()
-        known = found[number]
-        if known is None:
-            file = workshop.scratch()
-            head = Head(0, 0, uuid=layer.uuid, parent_uuid=parent)
-            with _archive(source, layer, sending.meter) as read:
-                written = _write(disk, read, head, file, f"{source.name}@{layer.blob.digest}")
-            futures.append(sending.send(keys[number], layer, written, file))
-        else:
-            if missing and number < missing[-1]:
-                with _archive(source, layer, sending.meter) as read:
-                    disk.follow(read, known[0].written, known[1], f"{source.name}@{layer.blob.digest}")
-            futures.append(sending.resend(keys[number], layer, *known))
-        sending.meter.passed(layer)
-        parent = layer.uuid
+    with closing(_archives(source, image.layers[:reads], sending.meter)) as archives:
+        for key, layer, known in zip(keys, image.layers, found, strict=True):
+            sending.check()
+            archive = next(archives, None)
+            if known is None:
+                assert archive
+                file = workshop.scratch()
+                written = _write(disk, archive, Head(0, 0, uuid=layer.uuid, parent_uuid=parent), file)
+                futures.append(sending.send(key, layer, written, file))
+            else:
+                if archive:
+                    with _naming(archive):
+                        disk.follow(archive.read, known[0].written, known[1], archive.name)
+                        archive.finish()
+                futures.append(sending.resend(key, layer, *known))
+            parent = layer.uuid
     return futures
 
 
@@ -171,42 +173,38 @@ def _usable(found: list[_Known], disk: Disk) -> list[_Known]:
     return usable
 
 
-def _write(disk: Disk, read: Read, head: Head, file: BinaryIO, name: str) -> Written:
+def _archives(source: Depot, layers: Sequence[Archived], meter: Meter) -> Generator[Unpacking, None, None]:
+    """Each layer's archive; the next one is on its way already. All are closed in the end."""
+    waiting: deque[Unpacking] = deque()
     try:
-        return disk.write(read, head, file, name)
+        for layer in (*layers, None):
+            if layer:
+                waiting.append(Unpacking(source, layer, meter.counting))
+            if len(waiting) > 1 or (waiting and layer is None):
+                yield waiting[0]
+                waiting.popleft().close()
+    finally:
+        for archive in waiting:
+            archive.close()
+
+
+def _write(disk: Disk, archive: Unpacking, head: Head, file: BinaryIO) -> Written:
+    try:
+        with _naming(archive):
+            written = disk.write(archive.read, head, file, archive.name)
+            archive.finish()
+            return written
     except OSError as error:
         raise from_os("converting a layer failed", error, "its scratch file") from error
 
 
 @contextmanager
-def _archive(source: Depot, layer: Archived, meter: Meter) -> Iterator[Read]:
-    """The archive of a layer, unpacked. All of it is read and checked in the end, whatever follows the archive."""
-    checksum = hashlib.new(oci.parse_digest(layer.diff_id)[0])
-
-    @contextmanager
-    def opened() -> Iterator[Read]:
-        with source.opened(layer.blob) as read:
-            unpacked = plain(meter.counting(read))
-
-            def read_hashed(length: int) -> bytes:
-                piece = unpacked(length)
-                checksum.update(piece)
-                return piece
-
-            yield read_hashed
-            while read(_REST):  # what is behind the compressed archive is the blob's, too
-                pass
-
-    failed = f"converting a layer failed: {source.name}@{layer.blob.digest}"
-    with Ahead(opened, "unpack") as ahead:
-        try:
-            yield ahead.read
-            while ahead.read(_REST):
-                pass
-        except FormatError as error:
-            raise CorruptImage(f"{failed}: {error}") from None
-    if checksum.hexdigest() != oci.parse_digest(layer.diff_id)[1]:
-        raise CorruptImage(f"{failed}: unpacked it has another digest than the config says, {layer.diff_id}")
+def _naming(archive: Unpacking) -> Iterator[None]:
+    """What cannot be made of an archive is the archive's fault."""
+    try:
+        yield
+    except FormatError as error:
+        raise CorruptImage(f"converting a layer failed: {archive.name}: {error}") from None
 
 
 def _key(layers: Sequence[Archived], options: Options) -> str:

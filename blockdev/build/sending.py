@@ -133,21 +133,18 @@ class Meter:
     def __init__(self, progress: Progress | None, images: Sequence[SourceImage]) -> None:
         self._progress = progress or (lambda stage, done, total: None)
         self._total = sum(layer.blob.size for image in images for layer in image.layers)
+        self._lock = threading.Lock()
         self._read = 0
-        self._before = 0  # read, of earlier layers
         self._expected = self._sent = 0
 
-    def passed(self, layer: Archived) -> None:
-        """All of the layer counts as read."""
-        self._before += layer.blob.size
-        self._read = self._before
-        self._tell()
+    def skip(self, layer: Archived) -> None:
+        """The layer need not be read."""
+        self._count(layer.blob.size)
 
     def counting(self, read: Read) -> Read:
         def read_counted(length: int) -> bytes:
             piece = read(length)
-            self._read += len(piece)
-            self._tell()
+            self._count(len(piece))
             return piece
 
         return read_counted
@@ -162,5 +159,7 @@ class Meter:
     def arrived(self, size: int) -> None:
         self._sent += size
 
-    def _tell(self) -> None:
-        self._progress("converted", self._read, self._total)
+    def _count(self, length: int) -> None:
+        with self._lock:  # two layers' threads may be reading
+            self._read += length
+            self._progress("converted", self._read, self._total)

@@ -80,6 +80,8 @@ def choose(depot: Depot, document: Document, platform: oci.Platform | None) -> l
         if isinstance(top, oci.Manifest):
             return [read_image(depot, document)]
         entries = top.images if platform is None else [_chosen(depot, top, platform)]
+        if not entries:
+            raise NotFound(f"converting failed: {depot.name}: its index has no images")
     except FormatError as error:
         raise CorruptImage(f"reading an image failed: {depot.name}@{document.digest}: {error}") from None
     return [read_image(depot, depot.document(entry.digest), entry) for entry in entries]

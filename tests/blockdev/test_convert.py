@@ -25,7 +25,7 @@ from blockdev.cache import Cache
 from blockdev.config import Policy
 from blockdev.engine import Engine
 from blockdev.errors import AccessDenied, BlockdevError, CorruptImage, EngineError, NotFound, UsageError
-from blockdev.registry.client import Client
+from blockdev.registry.client import Client, Document
 from blockdev.root import Root
 from formats import layout, oci
 from tests import ordinary
@@ -257,6 +257,13 @@ def test_one_platform_becomes_an_image(converter: Converter, platforms: Path, ta
     assert made.images[0].platform == "linux/arm64/v8"
     with pytest.raises(NotFound, match="no image for linux/s390x"):
         converter(platforms, target, platform=oci.Platform("linux", "s390x"))
+
+
+def test_an_index_without_images_is_refused(converter: Converter, source: Path, target: Path) -> None:
+    body = oci.Index(()).build()
+    Layout(source, TAG).tag(Document(oci.OCI_INDEX, oci.digest_of(body), body))
+    with pytest.raises(NotFound, match="no images"):
+        converter(source, target)
 
 
 def test_a_referrer_is_found_from_its_source(
