@@ -28,6 +28,7 @@ PATH_MAX = 4095  # of a directory, and of a symbolic link's target: Linux takes 
 _ID_MAX = 0xFFFF_FFFE  # the next one is "no id" to the kernel
 _MAJOR_MAX = 0xFFF
 _MINOR_MAX = 0xF_FFFF
+_SIZE_MAX = 16 << 40  # bytes of a file: what a disk of 2^32 blocks could hold
 _XATTR_NAME_MAX = 255
 _XATTR_VALUE_MAX = 1 << 16
 _NAMESPACES = (b"user.", b"trusted.", b"security.", b"system.posix_acl_access", b"system.posix_acl_default")
@@ -120,6 +121,8 @@ class _Merge:
         node = Node(_TYPES[member.kind] | member.mode)
         self._describe(node, member)
         if member.kind is Kind.FILE:
+            if member.size > _SIZE_MAX:
+                raise _refused(f"file of {member.size} bytes, more than 16 TiB", member)
             node.size = member.size
             node.block = self._store(member.size, archive.content()) if member.size else 0
         elif member.kind is Kind.SYMLINK:

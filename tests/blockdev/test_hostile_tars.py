@@ -164,8 +164,14 @@ def test_a_tree_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_size_alone_takes_nothing(size: int) -> None:
     """A file that claims more than the layer has is an error once the layer ends; so is an extension header."""
     for typeflag in (b"0", b"L", b"x", b"g"):
-        with pytest.raises(CorruptImage, match=r"layer 0: .*(the tar ends|extension header of)"):
+        with pytest.raises(CorruptImage, match=r"layer 0: .*(the tar ends|extension header of|more than 16 TiB)"):
             merged(header(b"x", typeflag, size=binary(size, 12)) + bytes(5000))
+
+
+def test_a_hole_larger_than_any_disk_is_refused() -> None:
+    records = {b"GNU.sparse.major": b"1", b"GNU.sparse.minor": b"0", b"GNU.sparse.realsize": b"%d" % (1 << 62)}
+    with pytest.raises(CorruptImage, match="x: file of 4611686018427387904 bytes, more than 16 TiB"):
+        merged(pax(records) + file(b"x", b"0\n".ljust(512, b"\0")))
 
 
 def test_a_compressed_layer_of_endless_names_is_cut_short() -> None:
