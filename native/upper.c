@@ -221,6 +221,10 @@ static int upper_replay(struct upper *upper, struct segment s, uint64_t number)
 		return status_set(EBADMSG, "index entry %llu: stored sectors %llu + %llu: outside the data area [%d, %llu)", n,
 		                  (unsigned long long)seg_moffset(s), (unsigned long long)stored, MOFFSET_MIN,
 		                  (unsigned long long)upper->data_end);
+	/* Every write has bytes of its own. So the map is bounded by what the files hold, whatever they say. */
+	upper->stored += stored;
+	if (upper->stored > upper->data_end)
+		return status_set(EBADMSG, "index entry %llu: with those before it, more sectors than the data file has", n);
 	map_set(upper, seg_offset(s), seg_length(s), seg_zeroed(s) ? ZEROS : (uint32_t)seg_moffset(s));
 	return 0;
 }

@@ -29,6 +29,7 @@ struct upper {
 	int data, index;                 /* files */
 	uint64_t data_end;               /* sectors: where the next bytes go */
 	uint64_t index_end;              /* bytes: where the next records go */
+	uint64_t stored;                 /* sectors in all entries, at opening */
 	struct segment *records;         /* not in the index file yet, as on disk */
 	uint32_t count;                  /* of them */
 	int failed;                      /* a sync failed: what is on the disk is not known any more */

@@ -22,6 +22,7 @@ LINES_MIN = 85  # per cent of a parser's lines, below which an input is missing
 # that ends in a dot is a class.
 PARSERS: dict[str, dict[str, tuple[str, ...]]] = {
     "index": {"native/index.c": ()},
+    "upper": {"native/upper.c": ()},
     "zfile": {
         "native/zfile.c": (),
         "native/codec.c": (

@@ -89,8 +89,13 @@ def _unmount_all(connection: client.Connection) -> None:
     """Take the owner's mounts away with it: without their server they would answer nothing but errors."""
     for device in connection.call("ps", timeout=_ANSWER_LIMIT)["devices"]:
         if device["front_end"] == "fuse" and device["where"]:
+            where = Path(device["where"])
+            if device["writable"]:  # in order, so that all that was written gets there
+                with contextlib.suppress(BlockdevError):
+                    unmount(where, force=False)
+                    continue
             with contextlib.suppress(BlockdevError):  # mounted in another namespace, or gone by now
-                unmount(Path(device["where"]), force=True)
+                unmount(where, force=True)
 
 
 def _kill(root: Root) -> bool:

@@ -197,6 +197,26 @@ static void test_entries_that_point_nowhere_are_refused(void)
 	stand_free(&stand);
 }
 
+static void test_entries_of_more_than_there_is_are_refused(void)
+{
+	struct segment entries[2] = { { 0 | 1ull << 50, 8 }, { 10 | 9ull << 50, 8 } };
+	uint8_t sectors[9 * SECTOR] = { 0 };
+	struct stand stand;
+
+	stand_new(&stand);
+	CHECK(ob_image_write(stand.image, 0, sectors, sizeof(sectors)) == 0);
+	CHECK(pwrite(stand.index, entries, sizeof(entries), HEAD) == sizeof(entries));
+	ob_image_close(stand.image);
+	CHECK(stand_open(&stand) == 0);                                  /* ten of seventeen, the head's included */
+	for (int i = 0; i < 2; i++)
+		CHECK(pwrite(stand.index, entries, sizeof(entries), HEAD + (i + 1) * (off_t)sizeof(entries)) == sizeof(entries));
+	ob_image_close(stand.image);
+	CHECK(stand_open(&stand) == -EBADMSG);
+	CHECK(strstr(ob_last_error(), "index entry 3"));
+	CHECK(ftruncate(stand.index, HEAD) == 0 && stand_open(&stand) == 0);
+	stand_free(&stand);
+}
+
 static void test_entries_past_the_disk_are_passed_over(void)
 {
 	struct segment entry = { (DISK / SECTOR - 1) | 5ull << 50, 8 | ZEROED };
@@ -306,6 +326,7 @@ int main(void)
 	test_many_records_are_flushed_on_their_way();
 	test_torn_tails_cost_only_themselves();
 	test_entries_that_point_nowhere_are_refused();
+	test_entries_of_more_than_there_is_are_refused();
 	test_entries_past_the_disk_are_passed_over();
 	test_writes_are_refused_past_the_end_and_without_a_writable_layer();
 	test_a_sync_that_failed_is_not_forgotten();

@@ -5,12 +5,21 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from blockdev import syscalls
+from blockdev.engine import Engine
+from blockdev.errors import EngineError
+from blockdev.origin import NOTHING, locate
 from blockdev.root import Root
+from blockdev.stack import open_local
+from blockdev.upper import create_pair
+from formats.lsmt import SECTOR
 from tests.commands import Run, Start, ended, owner_pid, uri_of
 from tests.requires import requires_command, requires_mount
 
@@ -173,3 +182,80 @@ def test_a_pair_that_is_served_is_nobody_elses(
     serving.terminate()
     assert ended(serving)[0] == 0
     assert run("commit", *pair, "-o", tmp_path / "layer").returncode == 0
+
+
+def test_a_killed_owner_loses_nothing_that_was_synced(
+    tmp_path: Path, pair: tuple[Path, Path], run: Run, root: Root
+) -> None:
+    requires_mount()
+    folder, disk = tmp_path / "folder", tmp_path / "disk"
+    folder.mkdir()
+    upper = ["scratch", "--upper", *pair]
+    assert run("mount", "--raw", "--rw", *upper, disk).returncode == 0
+    client("mkfs.ext4", "-q", disk)
+    assert run("umount", disk).returncode == 0
+    assert run("mount", "--rw", *upper, folder).returncode == 0
+    for name in range(20):
+        with (folder / str(name)).open("wb") as file:
+            file.write(f"{name}\n".encode() * 5000)
+            file.flush()
+            os.fsync(file.fileno())
+    os.kill(owner_pid(root), signal.SIGKILL)
+    assert run("umount", "--force", folder).returncode == 0
+    mounted = run("mount", "--rw", *upper, folder)  # the kernel replays the journal
+    assert mounted.returncode == 0, mounted.stderr
+    for name in range(20):
+        assert (folder / str(name)).read_bytes() == f"{name}\n".encode() * 5000
+    assert run("umount", folder).returncode == 0
+    assert run("mount", "--raw", *upper, disk).returncode == 0
+    client("fsck.ext4", "-fn", disk)
+    assert run("umount", disk).returncode == 0
+
+
+def test_an_owner_told_to_stop_writes_back_first(tmp_path: Path, pair: tuple[Path, Path], run: Run) -> None:
+    requires_mount()
+    folder, disk = tmp_path / "folder", tmp_path / "disk"
+    folder.mkdir()
+    upper = ["scratch", "--upper", *pair]
+    assert run("mount", "--raw", "--rw", *upper, disk).returncode == 0
+    client("mkfs.ext4", "-q", disk)
+    assert run("umount", disk).returncode == 0
+    assert run("mount", "--rw", *upper, folder).returncode == 0
+    (folder / "late").write_bytes(b"late" * 100_000)
+    assert run("daemon", "--stop", "--force").returncode == 0
+    assert not (folder / "late").exists()
+    assert run("mount", *upper, folder).returncode == 0
+    assert (folder / "late").read_bytes() == b"late" * 100_000
+    assert run("umount", folder).returncode == 0
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    requires_mount()
+    folder = tmp_path / "small"
+    folder.mkdir()
+    syscalls.mount("none", folder, "tmpfs", flags=0, options="size=8m")
+    yield folder
+    syscalls.umount(folder, 0)
+
+
+def test_a_full_disk_is_told_and_costs_nothing_that_was_written(tmp_path: Path, small: Path) -> None:
+    pair = small / "data", small / "index"
+    create_pair(*pair, 64 << 20)
+    upper = [str(path) for path in pair]
+    with (
+        Engine(work_threads=1) as engine,
+        locate(NOTHING, upper, write=True) as origin,
+        open_local(engine, origin) as stack,
+    ):
+        image = stack.image.image
+        image.write(0, b"a" * (4 << 20))
+        image.flush()
+        with pytest.raises(EngineError, match="errno 28"):
+            image.write(4 << 20, b"b" * (8 << 20))
+        image.write(8 << 20, b"c" * SECTOR)
+        image.flush()
+    with Engine(work_threads=1) as engine, locate(NOTHING, upper) as origin, open_local(engine, origin) as stack:
+        assert stack.image.read_at(0, 4 << 20).count(b"a") == 4 << 20
+        assert stack.image.read_at(8 << 20, SECTOR + 1) == b"c" * SECTOR + b"\0"
