@@ -329,7 +329,7 @@ def seeds(folder: Path) -> list[bytes]:
     return SEEDS
 
 
-@settings(deadline=None, max_examples=requires.scaled(200, 10_000))
+@settings(deadline=None, max_examples=requires.scaled(200, 3_000))
 @given(st.data(), st.booleans())
 def test_any_bytes_are_a_tree_or_a_format_error(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, fix: bool
