@@ -124,7 +124,8 @@ def convert(
         if not options.referrer or source.place != target.place:
             target.tag(result)
         for layer in (layer for layers in finished for layer in layers):
-            workshop.note(layer.key, replace(layer.made, places=(*layer.made.places, target.name)))
+            if target.name not in layer.made.places:
+                workshop.note(layer.key, replace(layer.made, places=(*layer.made.places, target.name)))
     made = zip(images, documents, finished, strict=True)
     return Converted(result.digest, tuple(_described(image, document, layers) for image, document, layers in made))
 

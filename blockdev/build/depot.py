@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Protocol
 
 from blockdev.errors import CorruptImage
 from blockdev.registry.client import Document
-from formats.oci import Descriptor, parse_digest
+from formats.oci import Descriptor, Index, Manifest, digest_of, parse_digest
 
 Read = Callable[[int], bytes]  # the next bytes, at most so many; nothing at the end
 Tell = Callable[[int], None]  # bytes that have arrived so far
@@ -49,6 +50,21 @@ class Depot(Protocol):
 
     def refer(self, subject: str, document: Document, referrer: Descriptor) -> None:
         """Bring a document there that refers to `subject` (a digest), to be found from that."""
+
+
+def document_of(value: Manifest | Index) -> Document:
+    """As it will lie there."""
+    body = value.build()
+    return Document(value.media_type, digest_of(body), body)
+
+
+def put_bytes(depot: Depot, media_type: str, content: bytes) -> Descriptor:
+    """Bring a small blob, such as a config, to a depot."""
+    digest = digest_of(content)
+    with os.fdopen(os.memfd_create("blob", os.MFD_CLOEXEC), "w+b", buffering=0) as file:
+        file.write(content)
+        depot.put_blob(Blob(digest, len(content), file.fileno()), lambda arrived: None)
+    return Descriptor(media_type, digest, len(content))
 
 
 def checked(read: Read, blob: Descriptor, name: str) -> Read:

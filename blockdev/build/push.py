@@ -10,7 +10,6 @@ Blobs come first and the manifest last, so a failed push leaves no image behind.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -20,6 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import BinaryIO
 
+from blockdev.build.depot import Blob, document_of, put_bytes
+from blockdev.build.repository import Repository
 from blockdev.engine import Engine
 from blockdev.errors import CorruptImage, UsageError, from_os
 from blockdev.image import OpenImage, open_image
@@ -85,11 +86,12 @@ def push(
         raise UsageError(f"push: {reference}: want a tag to push to, not a digest")
     with ExitStack() as stack:
         blobs, file_system = _prepare(layers, stack)
+        repository = Repository(client, reference)
         pushed = []
         for blob in blobs:
-            sent = _upload(client, reference.repository, blob, progress or _silent)
+            sent = _upload(repository, blob, progress or _silent)
             pushed.append(PushedLayer(blob.name, blob.digest, blob.size, blob.wrapped, sent))
-        digest = _put_image(client, reference, blobs, file_system)
+        digest = _put_image(repository, blobs, file_system)
         for blob in blobs:
             if adopt:
                 adopt(blob.file.fileno(), blob.digest)
@@ -174,20 +176,16 @@ def _wrapped(layer: BinaryIO, out: BinaryIO) -> BinaryIO:
     return out
 
 
-def _upload(client: Client, repository: str, blob: _Blob, progress: Progress) -> bool:
-    blob.file.seek(0)
-    sent = client.upload(
-        repository, blob.digest, blob.size, blob.file, lambda sent: progress(blob.name, sent, blob.size)
-    )
+def _upload(repository: Repository, blob: _Blob, progress: Progress) -> bool:
+    named = Blob(blob.digest, blob.size, blob.file.fileno())
+    sent = repository.put_blob(named, lambda sent: progress(blob.name, sent, blob.size))
     progress(blob.name, blob.size, blob.size)
     return sent
 
 
-def _put_image(client: Client, reference: oci.Reference, blobs: Sequence[_Blob], file_system: str) -> str:
+def _put_image(repository: Repository, blobs: Sequence[_Blob], file_system: str) -> str:
     """Config and manifest; the manifest's digest."""
     config = oci.build_config(oci.Platform.of_machine(platform.machine()), [blob.digest for blob in blobs])
-    config_digest = oci.digest_of(config)
-    client.upload(reference.repository, config_digest, len(config), io.BytesIO(config))
     layers = tuple(
         oci.Descriptor(
             oci.OCI_LAYER,
@@ -198,8 +196,9 @@ def _put_image(client: Client, reference: oci.Reference, blobs: Sequence[_Blob],
         )
         for blob in blobs
     )
-    manifest = oci.Manifest(oci.Descriptor(oci.OCI_CONFIG, config_digest, len(config)), layers).build()
-    return client.put_manifest(reference.repository, reference.tag or "", oci.OCI_MANIFEST, manifest)
+    manifest = document_of(oci.Manifest(put_bytes(repository, oci.OCI_CONFIG, config), layers))
+    repository.tag(manifest)
+    return manifest.digest
 
 
 def _silent(name: str, sent: int, total: int) -> None:

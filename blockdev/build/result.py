@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from blockdev.build.depot import Blob, Depot
+from blockdev.build.depot import Depot, document_of, put_bytes
 from blockdev.build.sending import Finished
 from blockdev.build.sourceimage import SourceImage
 from blockdev.registry.client import Document
@@ -26,15 +24,13 @@ def put_image(target: Depot, image: SourceImage, layers: list[Finished], kind: K
     """Config and manifest of a converted image. What the source's said of itself is kept."""
     diff_ids = [layer.made.digest for layer in layers]
     config = oci.canonical({**image.config, "rootfs": {"type": "layers", "diff_ids": diff_ids}})
-    described = oci.Descriptor(oci.OCI_CONFIG, oci.digest_of(config), len(config))
-    _put_bytes(target, described, config)
     manifest = oci.Manifest(
-        described,
+        put_bytes(target, oci.OCI_CONFIG, config),
         tuple(layer.descriptor(kind.file_system) for layer in layers),
         annotations=image.manifest.annotations,
         referral=_referral(image.document) if kind.referrer else None,
     )
-    document = _document(oci.OCI_MANIFEST, manifest.build())
+    document = document_of(manifest)
     if kind.referrer:
         entry = replace(_entry(image, document), artifact_type=oci.NATIVE_ARTIFACT)
         target.refer(image.document.digest, document, entry)
@@ -51,7 +47,7 @@ def put_index(
     entries = tuple(_entry(image, document) for image, document in zip(images, documents, strict=True))
     referral = _referral(top) if kind.referrer else None
     index = oci.Index(entries, annotations=source.annotations, referral=referral)
-    document = _document(oci.OCI_INDEX, index.build())
+    document = document_of(index)
     if kind.referrer:
         described = oci.Descriptor(
             oci.OCI_INDEX, document.digest, len(document.body), artifact_type=oci.NATIVE_ARTIFACT
@@ -67,15 +63,3 @@ def _entry(image: SourceImage, document: Document) -> oci.Descriptor:
 
 def _referral(subject: Document) -> oci.Referral:
     return oci.Referral(oci.Descriptor(subject.media_type, subject.digest, len(subject.body)), oci.NATIVE_ARTIFACT)
-
-
-def _document(media_type: str, body: bytes) -> Document:
-    return Document(media_type, oci.digest_of(body), body)
-
-
-def _put_bytes(target: Depot, described: oci.Descriptor, content: bytes) -> None:
-    with ExitStack() as stack:
-        fd = os.memfd_create("config", os.MFD_CLOEXEC)
-        stack.callback(os.close, fd)
-        os.write(fd, content)
-        target.put_blob(Blob(described.digest, described.size, fd), lambda arrived: None)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blockdev.build.depot import Depot
+from blockdev.engine import LAYERS_MAX
 from blockdev.errors import CorruptImage, NotFound, UsageError
 from blockdev.registry.client import Document
 from formats import oci
@@ -61,8 +62,8 @@ def read_image(depot: Depot, document: Document, entry: oci.Descriptor | None = 
         if any(oci.is_overlaybd(layer) for layer in manifest.layers):
             raise UsageError(f"converting failed: {name}: it is a block image already")
         foreign = [layer.media_type for layer in manifest.layers if not _ARCHIVE.fullmatch(layer.media_type)]
-        if foreign or not manifest.layers:
-            raise UsageError(f"converting failed: {name}: {_why(foreign)}")
+        if foreign or not 0 < len(manifest.layers) <= LAYERS_MAX:
+            raise UsageError(f"converting failed: {name}: {_why(foreign, len(manifest.layers))}")
         if manifest.config.size > oci.DOCUMENT_SIZE_MAX:
             raise FormatError(f"config of {manifest.config.size} bytes, at most {oci.DOCUMENT_SIZE_MAX}")
         with depot.opened(manifest.config) as read:
@@ -94,8 +95,10 @@ def _chosen(depot: Depot, index: oci.Index, platform: oci.Platform) -> oci.Descr
         raise NotFound(f"converting failed: {depot.name}: {error}") from None
 
 
-def _why(foreign: list[str]) -> str:
-    return f"its layers are no archives but {oci.shown(foreign[0])}" if foreign else "it has no layers"
+def _why(foreign: list[str], count: int) -> str:
+    if foreign:
+        return f"its layers are no archives but {oci.shown(foreign[0])}"
+    return f"it has {count} layers, at most {LAYERS_MAX} can be stacked" if count else "it has no layers"
 
 
 def _diff_ids(config: dict[str, Any]) -> list[str]:

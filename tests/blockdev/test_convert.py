@@ -352,6 +352,14 @@ _WRONG: dict[str, tuple[Change, type[BlockdevError], str]] = {
     "another number": (lambda manifest, config: config["rootfs"].update(diff_ids=[]), CorruptImage, "0 diff_ids"),
     "no diff_ids": (lambda manifest, config: config.pop("rootfs"), CorruptImage, "want a list of digests"),
     "no layers": (lambda manifest, config: manifest.update(layers=[]), UsageError, "it has no layers"),
+    "too many": (
+        lambda manifest, config: (
+            manifest.update(layers=manifest["layers"] * 256),
+            config["rootfs"].update(diff_ids=config["rootfs"]["diff_ids"] * 256),
+        ),
+        UsageError,
+        "at most 255 can be stacked",
+    ),
     "no archive": (lambda manifest, config: manifest["layers"][0].update(mediaType="text/x"), UsageError, "text/x"),
     "blocks": (
         lambda manifest, config: manifest["layers"][0].update(annotations=_BLOCKS),
