@@ -25,7 +25,7 @@ from formats.lsmt import ENTRY_SIZE, HEAD_SIZE, NULL_UUID, SEALED_ENTRIES_MAX, S
 from formats.pair import PairWriter, compact, replay, seal, zeros
 from formats.readat import check_range
 
-LOCK_PATIENCE = 3.0  # seconds: an owner hears of an unmount when it is over, and then still syncs and closes
+LOCK_PATIENCE = 6.0  # seconds: an owner hears of an unmount when it is over, and then still syncs and closes
 _LOCK_POLL = 0.02
 
 
