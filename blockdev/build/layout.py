@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from blockdev.build.depot import Blob, Read, Tell, checked
-from blockdev.errors import CorruptImage, NotFound, from_os
+from blockdev.errors import CorruptImage, NotFound, UsageError, from_os
 from blockdev.registry.client import Document
 from blockdev.replacement import replacing
 from blockdev.staging import copy_content
@@ -36,7 +36,12 @@ class Layout:
 
     @classmethod
     def parse(cls, place: str) -> Layout:
-        """DIR[:TAG]. What follows the last colon is no tag where the whole is a directory, or it has a slash in it."""
+        """DIR[:TAG]. What follows the last colon is no tag where the whole is a directory, or it has a slash in it.
+
+        UsageError if there is no DIR.
+        """
+        if not place or place.startswith(":"):
+            raise UsageError(f"reading the image name failed: oci:{place}: want oci:DIR[:TAG]")
         folder, colon, tag = place.rpartition(":")
         if not colon or not folder or "/" in tag or Path(place).is_dir():
             return cls(Path(place), None)

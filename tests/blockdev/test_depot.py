@@ -114,6 +114,12 @@ def test_a_layouts_name_is_a_folder_and_a_tag(place: str, folder: str, tag: str)
     assert (str(found.folder), found.place) == (folder, f"oci:{folder}:{tag}")
 
 
+@pytest.mark.parametrize("place", ["", ":tag"])
+def test_a_layout_without_a_folder_is_refused(place: str) -> None:
+    with pytest.raises(UsageError, match="want oci:DIR"):
+        Layout.parse(place)
+
+
 def test_a_folder_may_be_named_like_one_with_a_tag(tmp_path: Path) -> None:
     (tmp_path / "dir:1").mkdir()
     assert Layout.parse(f"{tmp_path}/dir:1").folder == tmp_path / "dir:1"
