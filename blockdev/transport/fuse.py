@@ -15,6 +15,7 @@ from blockdev.engine import FuseSession
 from blockdev.image import OpenImage
 
 THREADS = 2  # read /dev/fuse and answer hits; misses wait in slots, not in threads
+WRITING_THREADS = 4  # writes and syncs wait for the disk on their threads, and reads shall not wait for them
 SLOTS = 64  # requests in hand; a loop device alone keeps 128 in flight, so depth pays
 
 
@@ -33,7 +34,8 @@ class FuseTransport:
 
     def attach(self, image: OpenImage) -> None:
         """Begin to serve. Once."""
-        self._session = image.image.serve_fuse(self._fuse_fd, self._memfd, id=self._id, threads=THREADS, slots=SLOTS)
+        threads = WRITING_THREADS if image.image.writable else THREADS
+        self._session = image.image.serve_fuse(self._fuse_fd, self._memfd, id=self._id, threads=threads, slots=SLOTS)
 
     def detach(self, *, timeout: float) -> None:
         """End. Idempotent.
