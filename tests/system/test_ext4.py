@@ -48,6 +48,7 @@ def convert(does: Does, source: str, target: Path) -> list[dict[str, Any]]:
     return layers_of(does("convert", source, f"oci:{target}:1", "--fs", "ext4", "--json"))
 
 
+@pytest.mark.timeout(requires.scaled(300, 7200))
 @pytest.mark.parametrize("name", SHAPES)
 def test_an_ext4_image_is_its_source_and_clean_and_its_programs_run(
     does: Does, tmp_path: Path, name: str, record_measured: Callable[[str, dict[str, object]], None]

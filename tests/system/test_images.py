@@ -98,6 +98,7 @@ def run_programs(shape: images.Shape, mount: Path) -> None:
         subprocess.run(["chroot", mount, *program], check=True, timeout=LIMIT, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.timeout(requires.scaled(300, 7200))
 def test_a_converted_image_is_what_umoci_unpacks_and_its_programs_run(
     shape: images.Shape,
     unpack: Callable[[str], Path],
