@@ -30,6 +30,10 @@ MS_NODIRATIME = 2048
 MS_RELATIME = 1 << 21
 MS_STRICTATIME = 1 << 24
 
+_MS_REC = 1 << 14
+_MS_PRIVATE = 1 << 18
+_CLONE_NEWNS = 0x20000  # linux/sched.h
+
 # umount2(2)
 MNT_FORCE = 1
 MNT_DETACH = 2
@@ -90,6 +94,14 @@ def mount(source: str | Path, target: Path, kind: str, *, flags: int, options: s
     arguments = [os.fsencode(value) for value in (source, target, kind)]
     if _libc.mount(*arguments, flags, os.fsencode(options)) != 0:
         raise _failure(target)
+
+
+def keep_mounts_private() -> None:
+    """From now on what this thread mounts is seen by it alone, and by threads and processes that it starts, and ends
+    with the last of them."""
+    if _libc.unshare(_CLONE_NEWNS) != 0:
+        raise _failure(Path("/proc/self/ns/mnt"))
+    mount("none", Path("/"), "", flags=_MS_REC | _MS_PRIVATE, options="")
 
 
 def umount(target: Path, flags: int) -> None:

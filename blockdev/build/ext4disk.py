@@ -28,7 +28,7 @@ from blockdev.build.layerfile import LayerFile, Wrapping
 from blockdev.build.tree import Tree
 from blockdev.build.workshop import Written
 from blockdev.errors import AccessDenied, DeviceError, from_os
-from blockdev.upper import create_pair, open_pair_files
+from blockdev.upper import PairFiles, create_pair, open_pair_files
 from formats import ext4, lsmt
 from formats.archive import Archive
 from formats.lsmt import Head
@@ -40,7 +40,7 @@ DISK_SIZE = 64 << 30  # bytes, as overlaybd's own disks have; what is not writte
 _OPTIONS = "nodelalloc,noinit_itable,nodiscard,user_xattr,acl,errors=remount-ro"
 _FLAGS = syscalls.MS_NODEV | syscalls.MS_NOSUID | syscalls.MS_NOEXEC | syscalls.MS_NOATIME
 _MKFS_SECONDS = 600.0  # it writes 5 MiB
-_RELEASE_SECONDS = 20.0  # for the kernel to let go of the loop device's file
+_RELEASE_SECONDS = 60.0  # for the kernel to let go of the loop device's file, and for the owner of the pair
 _RELEASE_POLL = 0.01  # seconds
 
 # attach(layers, pair, file): the disk of layer files, bottom first, with a writable pair on top, at a path.
@@ -79,24 +79,29 @@ class Ext4Disk:
     def write(self, read: Read, head: Head, file: BinaryIO, name: str) -> Written:
         """The layer that an archive stands for, into an empty file. head: the UUIDs; name: for messages."""
         with tempfile.TemporaryDirectory(prefix="ext4-", dir=self._place.scratch) as folder:
-            pair = Path(folder) / "data", Path(folder) / "index"
             disk, mount = Path(folder) / "disk", Path(folder) / "mount"
             disk.touch()
             mount.mkdir()
-            create_pair(*pair, DISK_SIZE, head.parent_uuid)
-            with self._place.attach(self._files, pair, disk):
-                if not self._files:
-                    _make_file_system(disk)
-                with _mounted(disk, mount), _on_one_cpu():
-                    if not self._files:
-                        (mount / "lost+found").rmdir()  # it is in no archive, and e2fsck makes it when it is needed
-                    staged = Staged(mount, self._tree.root)
-                    self._tree.apply(Archive(read), staged.store, name)
-                    self._applied.apply(self._tree.root, staged)
-                _settle(disk)
-            written = self._commit(pair, head, file)
+            with ExitStack() as undo:
+                pair = _nameless_pair(Path(folder), head.parent_uuid, undo)
+                self._work(read, pair, (disk, mount), name)
+                written = self._commit(pair, head, file)
         self._keep(file, written)
         return written
+
+    def _work(self, read: Read, pair: tuple[Path, Path], places: tuple[Path, Path], name: str) -> None:
+        """Do what an archive says to the disk of the layers so far, which then has its changes in the pair."""
+        disk, mount = places
+        with self._place.attach(self._files, pair, disk):
+            if not self._files:
+                _make_file_system(disk)
+            with _mounted(disk, mount), _on_one_cpu():
+                if not self._files:
+                    (mount / "lost+found").rmdir()  # it is in no archive, and e2fsck makes it when it is needed
+                staged = Staged(mount, self._tree.root)
+                self._tree.apply(Archive(read), staged.store, name)
+                self._applied.apply(self._tree.root, staged)
+            _settle(disk)
 
     def fits(self, below: Written | None, written: Written) -> bool:
         """As Disk.fits(): blocks of another ext4, however equal its files, are of no use."""
@@ -116,10 +121,9 @@ class Ext4Disk:
 
     def _commit(self, pair: tuple[Path, Path], head: Head, file: BinaryIO) -> Written:
         digest = hashlib.sha256(self._state.encode())
-        with (
-            open_pair_files(*pair, change=False) as source,
-            LayerFile(file.fileno(), self._wrapping, self._jobs) as out,
-        ):
+        with ExitStack() as undo:
+            source = _released(pair, undo)
+            out = undo.enter_context(LayerFile(file.fileno(), self._wrapping, self._jobs))
             live = replay(lsmt.read_log(source.index, source.log))
 
             def write(content: bytes) -> None:
@@ -131,6 +135,30 @@ class Ext4Disk:
         annotations = out.table.place.annotations() if out.table else {}
         state = f"{digest.hexdigest()}{_OVER}{self._state}"
         return Written(size, 1, DISK_SIZE // BLOCK_SIZE, state, annotations)
+
+
+def _nameless_pair(folder: Path, parent_uuid: str, undo: ExitStack) -> tuple[Path, Path]:
+    """An empty writable layer whose files go with this process, however it ends."""
+    data, index = folder / "data", folder / "index"
+    create_pair(data, index, DISK_SIZE, parent_uuid)
+    paths = []
+    for path in (data, index):
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        undo.callback(os.close, fd)
+        path.unlink()
+        paths.append(Path(f"/proc/self/fd/{fd}"))
+    return paths[0], paths[1]
+
+
+def _released(pair: tuple[Path, Path], undo: ExitStack) -> PairFiles:
+    """The pair, once the owner has let go of it."""
+    deadline = time.monotonic() + _RELEASE_SECONDS
+    while True:
+        try:
+            return undo.enter_context(open_pair_files(*pair, change=False))
+        except DeviceError:
+            if time.monotonic() > deadline:
+                raise
 
 
 def _make_file_system(disk: Path) -> None:

@@ -2,7 +2,8 @@
 """Layers with a writable one on top, as a file that can be written: what `convert --fs ext4` works on.
 
 The owner serves it, as it serves every writable device: it holds what must not wait for the
-device itself under memory pressure. The FUSE mount is ours, and gone when the block ends.
+device itself under memory pressure. The mounts are this process's own: nobody else sees them, and however it ends,
+they end with it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from blockdev import client, mountpoint
+from blockdev import client, mountpoint, syscalls
 from blockdev.cli import text
 from blockdev.config import DEFAULT_POLICY
-from blockdev.errors import BlockdevError
+from blockdev.errors import BlockdevError, from_os
 from blockdev.origin import NOTHING, Part, locate
 from blockdev.root import Root
+
+
+def _keep_mounts_private() -> None:
+    try:
+        syscalls.keep_mounts_private()
+    except OSError as error:
+        raise from_os("keeping mounts private", error) from None
 
 
 @contextmanager
@@ -27,6 +35,7 @@ def attached(root: Root, layers: Sequence[int], pair: tuple[Path, Path], file: P
         origin.layers = [Part(f"layer {place}", os.fstat(fd).st_size, fd=fd) for place, fd in enumerate(layers)]
         image, descriptors = origin.to_wire()
         with client.connect(root, text.print_notice) as owner:
+            _keep_mounts_private()  # not before there is an owner: one that we start is not to hold them
             owner.call("mount", {"image": image, "policy": DEFAULT_POLICY}, descriptors)
             try:
                 fuse = mountpoint.mount_file(file, writable=True)

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from blockdev.root import Root
-from tests import images, requires
+from tests import images, leaks, requires
+from tests.commands import until
 
 LIMIT = float(requires.scaled(120, 3600))  # seconds for one command
 SHAPES = ("shell", "large") if requires.FULL else ("shell",)
@@ -114,3 +115,26 @@ def test_only_root_can_convert_to_ext4(ociblk: str, tmp_path: Path) -> None:
     )
     assert refused.returncode == 4
     assert "--fs ext4: only root can mount" in refused.stderr
+
+
+def is_writing(converting: subprocess.Popen[bytes], root: Root) -> bool:
+    """Whether the process has an ext4 of its own mounted."""
+    assert converting.poll() is None
+    lines = Path(f"/proc/{converting.pid}/mountinfo").read_text().splitlines()
+    return any(f" {root.path}/ext4-" in line and " - ext4 " in line for line in lines)
+
+
+def test_a_killed_conversion_leaves_no_mount_and_no_loop_device(ociblk: str, root: Root, tmp_path: Path) -> None:
+    requires.requires_mount()
+    source = images.image("large")
+    command = [ociblk, "convert", source, f"oci:{tmp_path}/target:1", "--fs", "ext4", "--root", str(root.path)]
+    converting = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        assert until(lambda: is_writing(converting, root))
+        assert leaks.mounts(Path(root.path)) == []  # nobody else sees them
+    finally:
+        converting.kill()
+        converting.wait()
+    assert until(lambda: leaks.loops(Path(root.path)) == [])
+    # What is left is no more than empty files; and the next conversion does not mind.
+    assert sum(path.stat().st_size for path in root.path.glob("ext4-*/*") if path.is_file()) == 0
