@@ -12,17 +12,18 @@ enum { EXTENT = OB_EXTENT_SIZE, UNIT = 4, EXTENTS = 10, SHORT = 100, SIZE = (EXT
 
 static ob_engine *engine;
 static ob_blob *blob;
+static int map;              /* stays open, to be looked at */
 
 static void open_blob(uint32_t readahead)
 {
 	ob_engine_config threads = {.work_threads = 1, .readahead_extents = readahead, .fetch_bytes = 16 << 20};
 	ob_blob_config config = {.id = 1, .size = SIZE, .table_offset = 4096, .policy = OB_POLICY_HANG, .unit = UNIT};
-	int data = memory_fd("", 0), map = memory_fd("", 0);
+	int data = memory_fd("", 0);
 
+	map = memory_fd("", 0);
 	CHECK(ob_engine_open(&threads, &engine) == 0);
 	CHECK(ob_blob_open_cached(engine, data, map, &config, &blob) == 0);
 	close(data);
-	close(map);
 }
 
 static void close_blob(void)
@@ -30,6 +31,7 @@ static void close_blob(void)
 	ob_engine_stop(engine);
 	ob_blob_close(blob);
 	ob_engine_close(engine);
+	close(map);
 }
 
 static void want(uint64_t first, uint64_t count)
@@ -188,6 +190,31 @@ static void a_sequential_reader_gets_ahead_by_units(void)
 	close_blob();
 }
 
+static void entry(uint64_t extent, uint32_t *out)
+{
+	*out = 0;
+	CHECK(pread(map, out, sizeof(*out), (off_t)(4096 + extent * sizeof(*out))) >= 0);
+}
+
+/* Somebody else may have opened the entry, and looked at all that is in it. */
+static void nothing_is_written_of_a_blob_that_nobody_uses_any_more(void)
+{
+	uint32_t before, after;
+	ob_fetch *fetch;
+
+	open_blob(0);
+	want(0, 8);
+	fetch = next(0, 8, 1);
+	CHECK(ob_fetch_advance(fetch, UNIT * EXTENT) == 0);
+	ob_blob_close(blob);
+	blob = NULL;
+	CHECK(ob_fetch_advance(fetch, fetch->length) == 0 && ob_fetch_finish(fetch, 0, 0) == 0);
+	entry(0, &before);
+	entry(UNIT, &after);
+	CHECK(before && !after);
+	close_blob();
+}
+
 static void a_unit_that_is_too_large_is_refused(void)
 {
 	ob_blob_config config = {.id = 1, .size = SIZE, .table_offset = 4096, .unit = OB_UNIT_MAX + 1};
@@ -208,6 +235,7 @@ int main(void)
 	only_whole_units_at_the_ends_are_let_go();
 	what_is_tried_again_begins_with_a_unit();
 	a_sequential_reader_gets_ahead_by_units();
+	nothing_is_written_of_a_blob_that_nobody_uses_any_more();
 	a_unit_that_is_too_large_is_refused();
 	return 0;
 }
