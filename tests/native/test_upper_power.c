@@ -232,7 +232,7 @@ int main(void)
 		ob_image_close(image);
 		for (int i = 0; i < 2; i++)
 			cut(&files[i], fds[i]);
-		if (files[0].size > FILE_MAX / 2)
+		if (files[0].size > FILE_MAX / 8)
 			begin_anew(fds);
 	}
 	ob_engine_close(engine);
