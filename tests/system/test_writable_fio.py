@@ -49,8 +49,8 @@ def fio(report: Path, *options: str, size: int, inside: MemoryCgroup | None = No
     """Write and verify so many bytes in random order; bytes per second written."""
     must(
         "fio", "--name=w", "--rw=randwrite", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1",
-        "--fsync=64", "--end_fsync=1", f"--size={size}", "--output-format=json", f"--output={report}",
-        *options, inside=inside,
+        "--verify_state_save=0", "--fsync=64", "--end_fsync=1", f"--size={size}",
+        "--output-format=json", f"--output={report}", *options, inside=inside,
     )  # fmt: skip
     [job] = json.loads(report.read_text())["jobs"]
     assert job["error"] == 0
