@@ -78,7 +78,7 @@ FULL = (
     ),
     Shape(
         "python",
-        ("python3", "base-files"),
+        ("python3", "base-files", "libstdc++6"),
         ((*_IMPORT, "import numpy, scipy.linalg, pandas; print(scipy.linalg.inv(numpy.eye(3)))"),),
         wheels=("numpy", "scipy", "pandas"),
         closed=True,
