@@ -122,7 +122,7 @@ def test_a_converted_image_is_what_umoci_unpacks_and_its_programs_run(
     assert found["entries"] > found["files"] > 300
     assert shape.name != "large" or not requires.FULL or (found["files"] > FILES and found["content"] > 1 << 30)
     mount.mkdir()
-    does("mount", target, mount, "--plain-http")
+    does("mount", target, mount, "--plain-http", "-o", "dev")  # programs want /dev/null
     try:
         does("verify", rootfs, mount)
         run_programs(shape, mount)
