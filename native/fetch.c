@@ -20,6 +20,7 @@ enum {
 	KEPT_BYTES_MAX = 16 << 20      /* fetched but not cacheable (disk full): kept in memory */
 };
 static _Thread_local const struct fetch *telling;   /* what this thread tells readers of before it writes it */
+static _Thread_local int told_closed;               /* ... of whom one has closed the blob: no time to wait for the write */
 
 /* ---- the queue ---- */
 
@@ -371,8 +372,8 @@ static void fetch_write(struct fetch *fetch, uint64_t from, uint64_t to)
 
 		while (end < to && (extent_kind(blob, fetch->first + end) == EXTENT_RESIDENT) == resident)
 			end++;
-		/* Closed by whom this very thread has told: what follows is another opening's. */
-		resident = resident && atomic_load(&blob->users);
+		if (told_closed)
+			resident = 0; /* the files may be another opening's by now */
 		if (resident)
 			error = extents_write(blob, fetch->first + from, end - from, (uint8_t *)fetch->lent.buffer + from * OB_EXTENT_SIZE);
 		pthread_mutex_lock(&queue->lock);
@@ -423,6 +424,7 @@ int ob_fetch_advance(ob_fetch *lent, uint64_t filled)
 	if (to > from)
 		parked_settle_fetch(fetch, 0, &ready);
 	telling = fetch;
+	told_closed = 0;
 	fetch_unlock(fetch->queue, ready, NULL);
 	telling = NULL;
 	fetch_write(fetch, from, to);
@@ -477,6 +479,7 @@ void fetch_forget(struct ob_blob *blob)
 		if (fetch->phase == FETCH_KEPT)
 			kept_evict(queue, fetch, &discarded);
 	}
+	told_closed |= telling && telling->blob == blob;
 	while (blob_writing(blob))
 		pthread_cond_wait(&queue->settled, &queue->lock);
 	fetch_unlock(queue, ready, discarded);

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import sys
 import sysconfig
 import time
@@ -49,6 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
         requires.FULL = True
     if requires.FULL:
         config.pluginmanager.register(Progress(requires.ROOT))
+    # Deaf to it, as a shell's background jobs are, we would start programs that are deaf to it too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run = leaks.RUNS / str(os.getpid())
     leaks.RUNS.mkdir(exist_ok=True)
     runs = os.open(leaks.RUNS, os.O_RDONLY | os.O_DIRECTORY)

@@ -215,6 +215,32 @@ static void nothing_is_written_of_a_blob_that_nobody_uses_any_more(void)
 	close_blob();
 }
 
+static void *read_and_close(void *argument)
+{
+	CHECK(byte_at(*(uint64_t *)argument) == 1);
+	ob_blob_close(blob);
+	return NULL;
+}
+
+/* It is told before its bytes are written, and can be faster than the write. */
+static void what_a_reader_was_given_is_kept_though_he_closes_at_once(void)
+{
+	for (int round = 0; round < 300; round++) {
+		uint64_t extent = 0;
+		pthread_t reader;
+		uint32_t kept;
+
+		open_blob(0);
+		CHECK(pthread_create(&reader, NULL, read_and_close, &extent) == 0);
+		deliver(next(0, UNIT, 1));
+		CHECK(pthread_join(reader, NULL) == 0);
+		blob = NULL;
+		entry(extent, &kept);
+		CHECK(kept);
+		close_blob();
+	}
+}
+
 static void a_unit_that_is_too_large_is_refused(void)
 {
 	ob_blob_config config = {.id = 1, .size = SIZE, .table_offset = 4096, .unit = OB_UNIT_MAX + 1};
@@ -236,6 +262,7 @@ int main(void)
 	what_is_tried_again_begins_with_a_unit();
 	a_sequential_reader_gets_ahead_by_units();
 	nothing_is_written_of_a_blob_that_nobody_uses_any_more();
+	what_a_reader_was_given_is_kept_though_he_closes_at_once();
 	a_unit_that_is_too_large_is_refused();
 	return 0;
 }
