@@ -120,6 +120,7 @@ INTERPRETER = 40 << 20  # bytes, before the first entry
 PER_ENTRY = ((1 << 30) - INTERPRETER) // 1_000_000
 
 
+@pytest.mark.timeout(scaled(300, 3600))  # a minute of one processor in earnest
 def test_many_entries_take_bounded_memory(record_measured: Callable[[str, dict[str, object]], None]) -> None:
     """A million, in two layers, in a GiB; fewer in as much less."""
     count = scaled(20_000, 1_000_000)
