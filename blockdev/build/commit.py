@@ -85,13 +85,14 @@ def merge_image(
         nonlocal stored
         writer = CommitWriter(write, merged)
         for run in _runs(image):
+            tag = len(image.layers) - 1 - run.layer  # readers ignore it; overlaybd leaves it there
             if run.kind is RunKind.ZERO:
-                writer.zeroed(run.offset // SECTOR, run.length // SECTOR)
+                writer.zeroed(run.offset // SECTOR, run.length // SECTOR, tag)
             elif run.kind is RunKind.DATA:
                 stored += run.length
                 for start in range(run.offset, run.offset + run.length, _PIECE):
                     content = image.read_at(start, min(_PIECE, run.offset + run.length - start))
-                    writer.data(start // SECTOR, content)
+                    writer.data(start // SECTOR, content, tag)
             if progress:
                 progress(run.offset + run.length, image.size)
         return writer.finish()

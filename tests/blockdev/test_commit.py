@@ -149,6 +149,13 @@ def test_layers_merged_into_one_read_as_they_did(tmp_path: Path, codec: str) -> 
         assert (head.uuid, head.user_tag) == (UUID, b"one of three")
 
 
+def test_merging_the_reference_layers_gives_the_reference_merge(tmp_path: Path) -> None:
+    folder = fixtures.folder() / "03-stack"
+    with opened(*(folder / f"a-l{number}.lz4-4k.zlsmt" for number in range(3))) as stack:
+        merge_image(stack, tmp_path / "merged", options(Wrapping("none")))
+    assert digest(tmp_path / "merged") == digest(folder / "a-merged.raw.lsmt")
+
+
 def test_a_merged_layer_has_the_size_of_the_resized_upper_and_hides_what_it_zeroed(tmp_path: Path) -> None:
     data, index = golden_pair(tmp_path)
     resize_pair(data, index, 2 << 20)
