@@ -21,6 +21,7 @@ from typing import Self
 from blockdev import entryfiles
 from blockdev.engine import EXTENT_SIZE, crc32c
 from blockdev.errors import CorruptImage, from_os
+from blockdev.ranges import write_at
 from formats import presence
 
 PIECE = 4 << 20  # bytes hashed at a time; a multiple of the extent
@@ -54,8 +55,8 @@ class Copy:
             if sys.byteorder != "little":
                 entries.byteswap()
             os.ftruncate(table, presence.map_size(size))
-            os.pwrite(table, presence.Head(digest, size, verified=True).build(), 0)
-            _write(table, entries.tobytes(), presence.TABLE_OFFSET)
+            write_at(table, presence.Head(digest, size, verified=True).build(), 0)
+            write_at(table, entries.tobytes(), presence.TABLE_OFFSET)
             for copied in self._fds:
                 os.fsync(copied)
         except BaseException as error:
@@ -113,7 +114,7 @@ def copy_content(source: int, target: int, size: int) -> None:
         except OSError as error:
             if error.errno not in _NO_SHARING:
                 raise
-            copied = _write(target, os.pread(source, PIECE, done), done)
+            copied = write_at(target, os.pread(source, PIECE, done), done)
         if not copied:
             break  # it has become shorter: its digest will tell
         done += copied
@@ -138,10 +139,3 @@ def _fill(fd: int, buffer: memoryview, offset: int) -> int:
     while filled < len(buffer) and (got := os.preadv(fd, [buffer[filled:]], offset + filled)):
         filled += got
     return filled
-
-
-def _write(fd: int, content: bytes, place: int) -> int:
-    done = 0
-    while done < len(content):
-        done += os.pwrite(fd, content[done:], place + done)
-    return done

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blockdev.errors import CorruptImage, DeviceError, UsageError, from_os
+from blockdev.ranges import write_at
 from blockdev.replacement import replacing, sync_directory
 from formats import lsmt
 from formats.errors import FormatError
@@ -179,9 +180,9 @@ def seal_pair(data: Path, index: Path) -> int:
         size = pair.data.size // SECTOR * SECTOR
         tail = seal(pair.head, size, live)
         try:
-            _write(pair.data.fd, tail[:-HEAD_SIZE], size)
+            write_at(pair.data.fd, tail[:-HEAD_SIZE], size)
             os.fsync(pair.data.fd)
-            _write(pair.data.fd, tail[-HEAD_SIZE:], size + len(tail) - HEAD_SIZE)
+            write_at(pair.data.fd, tail[-HEAD_SIZE:], size + len(tail) - HEAD_SIZE)
             os.fsync(pair.data.fd)
         except OSError:
             os.ftruncate(pair.data.fd, size)
@@ -208,9 +209,9 @@ def resize_pair(data: Path, index: Path, size: int) -> int:
         with replacing(index) as made:  # the size that counts, and what it cuts off, at once
             kept = HEAD_SIZE + pair.log.index_count * ENTRY_SIZE
             _copy(pair.index.fd, 0, made, 0, kept)
-            _write(made, cut, kept)
-            _write(made, field, _SIZE_FIELD.start)
-        _write(pair.data.fd, field, _SIZE_FIELD.start)
+            write_at(made, cut, kept)
+            write_at(made, field, _SIZE_FIELD.start)
+        write_at(pair.data.fd, field, _SIZE_FIELD.start)
         os.fdatasync(pair.data.fd)
         return before
 
@@ -240,7 +241,7 @@ def compact_pair(data: Path, index: Path) -> Compacted:
             _copy(pair.data.fd, source * SECTOR, pair.data.fd, target * SECTOR, length * SECTOR)
         os.fsync(pair.data.fd)
         with replacing(index) as made:
-            _write(made, pair.index.read_at(0, HEAD_SIZE) + pack(plan.live), 0)
+            write_at(made, pair.index.read_at(0, HEAD_SIZE) + pack(plan.live), 0)
         os.ftruncate(pair.data.fd, plan.data_end * SECTOR)
         os.fsync(pair.data.fd)
         return Compacted(pair.data.size, plan.data_end * SECTOR, pair.log.index_count, len(plan.live))
@@ -251,13 +252,7 @@ _COPY_SIZE = 4 << 20  # bytes at a time
 
 def _copy(source: int, place: int, target: int, where: int, length: int) -> None:
     for done in range(0, length, _COPY_SIZE):
-        _write(target, os.pread(source, min(_COPY_SIZE, length - done), place + done), where + done)
-
-
-def _write(fd: int, content: bytes, place: int) -> None:
-    done = 0
-    while done < len(content):
-        done += os.pwrite(fd, memoryview(content)[done:], place + done)
+        write_at(target, os.pread(source, min(_COPY_SIZE, length - done), place + done), where + done)
 
 
 @contextmanager

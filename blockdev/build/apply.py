@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from blockdev.errors import UsageError, from_os
+from blockdev.ranges import write_at
 from formats.ext4 import TIME_MAX, TIME_MIN
 from formats.tree import Node, Xattrs
 
@@ -89,7 +90,7 @@ class Staged:
             fd = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 for offset, piece in content:
-                    _write(fd, piece, offset)
+                    write_at(fd, piece, offset)
                 os.ftruncate(fd, size)
             finally:
                 os.close(fd)
@@ -219,13 +220,6 @@ def _walk(root: Node) -> Iterator[tuple[bytes, Node]]:
 
 def _attributes(node: Node) -> _Attributes:
     return node.mode, node.uid, node.gid, node.mtime_ns, node.xattrs
-
-
-def _write(fd: int, piece: bytes | memoryview, offset: int) -> None:
-    left = memoryview(piece)
-    while left:
-        done = os.pwrite(fd, left, offset)
-        left, offset = left[done:], offset + done
 
 
 def _shown(path: str | bytes | None) -> str:

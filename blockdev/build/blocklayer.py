@@ -19,6 +19,7 @@ from tempfile import TemporaryFile
 from blockdev.build.cutter import HOLE_MIN, Cutter, Out
 from blockdev.build.layerfile import PIECE
 from blockdev.errors import CorruptImage
+from blockdev.ranges import data_ranges, write_at
 from formats.lsmt import HEAD_SIZE, CommitWriter, Head
 from formats.tree import BLOCK_SIZE
 
@@ -134,7 +135,7 @@ class BlockLayer:
         else:
             with TemporaryFile(dir=os.environ.get("TMPDIR", _SCRATCH)) as spool:
                 for offset, piece in hasher.over(size, content):
-                    _put_at(spool.fileno(), piece, offset)
+                    write_at(spool.fileno(), piece, offset)
                 block = self._contents.find(hasher.digest(size))
                 if block is not None:
                     return block
@@ -238,21 +239,8 @@ def _gather(room: memoryview, content: Content) -> int:
 
 def _pieces(fd: int, size: int) -> Iterator[tuple[int, bytes]]:
     """What a scratch file holds, without its holes."""
-    at = 0
-    while at < size:
-        try:
-            at = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:  # ENXIO: only a hole is left
-            return
-        end = os.lseek(fd, at, os.SEEK_HOLE)
+    for at, end in data_ranges(fd, size):
         while at < end:
             piece = os.pread(fd, min(PIECE, end - at), at)
             yield at, piece
             at += len(piece)
-
-
-def _put_at(fd: int, piece: bytes | memoryview, place: int) -> None:
-    view = memoryview(piece)
-    while view:
-        done = os.pwrite(fd, view, place)
-        view, place = view[done:], place + done

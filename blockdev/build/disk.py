@@ -18,6 +18,7 @@ from pathlib import Path
 from blockdev.build.cutter import GRAIN, Cutter
 from blockdev.build.layerfile import PIECE, LayerFile, Wrapping
 from blockdev.errors import EngineError, UsageError, from_os
+from blockdev.ranges import data_ranges
 from blockdev.replacement import replacing
 from formats.errors import FormatError
 from formats.lsmt import HEAD_SIZE, NULL_UUID, SECTOR, VIRTUAL_SIZE_MAX, CommitWriter, Head
@@ -139,15 +140,11 @@ def _data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
         yield 0, size
         return
     at = 0
-    while at < size:
-        try:
-            start = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:  # ENXIO: only a hole is left
-            return
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        start = max(at, start // GRAIN * GRAIN)
+    for first, end in data_ranges(fd, size):
+        start = max(at, first // GRAIN * GRAIN)
         at = min(-(-end // GRAIN) * GRAIN, size)
-        yield start, at
+        if start < at:
+            yield start, at
 
 
 def _read(fd: int, name: str, offset: int, buffer: memoryview) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from blockdev.engine import RunKind, zero_run
 from blockdev.errors import from_os
 from blockdev.image import OpenImage
+from blockdev.ranges import write_at
 
 _PIECE = 1 << 20  # bytes of one read
 _GRAIN = 64 << 10  # zeros are looked for in units of this: larger than any file system's block
@@ -68,14 +69,8 @@ def _put(fd: int, content: memoryview, place: int | None) -> None:
     at = 0
     while at < len(content):
         start, end = zero_run(content[at:], _GRAIN)
-        _put_at(fd, content[at : at + start], place + at)
+        write_at(fd, content[at : at + start], place + at)
         at += end
-
-
-def _put_at(fd: int, content: memoryview, place: int) -> None:
-    done = 0
-    while done < len(content):
-        done += os.pwrite(fd, content[done:], place + done)
 
 
 def _silent(done: int, total: int) -> None:

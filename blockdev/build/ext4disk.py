@@ -28,6 +28,7 @@ from blockdev.build.layerfile import LayerFile, Wrapping
 from blockdev.build.tree import Tree
 from blockdev.build.workshop import Written
 from blockdev.errors import AccessDenied, DeviceError, from_os
+from blockdev.ranges import write_at
 from blockdev.upper import PairFiles, create_pair, open_pair_files
 from formats import ext4, lsmt
 from formats.archive import Archive
@@ -237,4 +238,4 @@ def _write_changed(fd: int, offset: int, before: bytes, after: bytes) -> None:
     for at in range(0, len(before), BLOCK_SIZE):
         piece = after[at : at + BLOCK_SIZE]
         if piece != before[at : at + BLOCK_SIZE]:
-            os.pwrite(fd, piece, offset + at)
+            write_at(fd, piece, offset + at)

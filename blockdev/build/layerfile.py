@@ -23,6 +23,7 @@ from typing import Self
 
 from blockdev.engine import Codec, crc32c, zfile_compress
 from blockdev.errors import UsageError
+from blockdev.ranges import write_at
 from formats import tar, zfile
 from formats.digests import UNIT, Table, TableWriter
 
@@ -112,7 +113,7 @@ class LayerFile:
     def rewrite(self, content: bytes) -> None:
         """The late bytes anew."""
         if self._blocks is None:
-            _put_at(self._fd, content, self._base)
+            write_at(self._fd, content, self._base)
         else:
             self._blocks.rewrite(content)
 
@@ -126,10 +127,10 @@ class LayerFile:
             for piece in self._blocks.table():
                 self._put(piece)
             self._put(trailer)
-            _put_at(self._fd, header, self._base)
+            write_at(self._fd, header, self._base)
         if self._tar:
             payload = self._place - self._base
-            _put_at(self._fd, tar.wrap_head(payload), 0)
+            write_at(self._fd, tar.wrap_head(payload), 0)
             self._put(tar.padding(payload))
             self._put_tail()
         os.ftruncate(self._fd, self._place)
@@ -163,7 +164,7 @@ class LayerFile:
         self.close()
 
     def _put(self, content: bytes | memoryview) -> None:
-        _put_at(self._fd, content, self._place)
+        write_at(self._fd, content, self._place)
         if self._digests:
             self._digests.add(content)
         self._place += len(content)
@@ -307,10 +308,3 @@ class _Blocks:
         entries = lengths.tobytes() if sys.byteorder == "little" else struct.pack(f"<{len(lengths)}I", *lengths)
         self._table_crc = crc32c(self._table_crc, entries)
         self._table.write(entries)
-
-
-def _put_at(fd: int, content: bytes | memoryview, place: int) -> None:
-    view = memoryview(content)
-    done = 0
-    while done < len(view):
-        done += os.pwrite(fd, view[done:], place + done)

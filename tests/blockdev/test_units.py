@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 
@@ -15,27 +13,7 @@ from blockdev import units
 from blockdev.errors import SourceError
 from blockdev.layer import SHA256, NamedBlob
 from formats.digests import UNIT
-from tests.checked import BLOB, DIGEST, END, PLACE, WAIT, Bench, Liar, await_written, same
-
-
-@pytest.fixture
-def liar() -> Iterator[Liar]:
-    made = Liar()
-    yield made
-    made.server.close()
-
-
-@pytest.fixture
-def bench(tmp_path: Path, liar: Liar) -> Iterator[Bench]:
-    made = Bench(tmp_path / "blobs", liar)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def undo() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
+from tests.checked import BLOB, DIGEST, END, PLACE, WAIT, Bench, await_written, same
 
 
 def test_the_table_comes_first_and_what_follows_comes_in_whole_units(bench: Bench, undo: ExitStack) -> None:

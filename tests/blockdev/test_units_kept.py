@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,26 +22,6 @@ from blockdev.source.blob import RegistryBlob
 from formats.digests import UNIT, Place
 from tests.checked import BLOB, DIGEST, END, PLACE, WAIT, Bench, Liar, await_written, same
 from tests.filling import flip
-
-
-@pytest.fixture
-def liar() -> Iterator[Liar]:
-    made = Liar()
-    yield made
-    made.server.close()
-
-
-@pytest.fixture
-def bench(tmp_path: Path, liar: Liar) -> Iterator[Bench]:
-    made = Bench(tmp_path / "blobs", liar)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def undo() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 def fill_unchecked(bench: Bench, *reads: tuple[int, int]) -> None:

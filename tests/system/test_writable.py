@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -92,14 +92,19 @@ def test_without_rw_nothing_is_written(tmp_path: Path, pair: tuple[Path, Path], 
     assert refused.returncode == 2
 
 
+def make_file_system(run: Run, upper: Sequence[str | Path], disk: Path) -> None:
+    """By way of the raw disk, at `disk` meanwhile."""
+    assert run("mount", "--raw", "--rw", *upper, disk).returncode == 0
+    client("mkfs.ext4", "-q", disk)
+    assert run("umount", disk).returncode == 0
+
+
 def test_a_file_system_is_made_mounted_and_filled(tmp_path: Path, pair: tuple[Path, Path], run: Run) -> None:
     requires_mount()
     disk, folder = tmp_path / "disk", tmp_path / "folder"
     folder.mkdir()
     upper = ["scratch", "--upper", *pair]
-    assert run("mount", "--raw", "--rw", *upper, disk).returncode == 0
-    client("mkfs.ext4", "-q", disk)
-    assert run("umount", disk).returncode == 0
+    make_file_system(run, upper, disk)
     for name in ("one", "two"):
         mounted = run("mount", "--rw", *upper, folder)
         assert mounted.returncode == 0, mounted.stderr
@@ -192,9 +197,7 @@ def test_a_killed_owner_loses_nothing_that_was_synced(
     folder, disk = tmp_path / "folder", tmp_path / "disk"
     folder.mkdir()
     upper = ["scratch", "--upper", *pair]
-    assert run("mount", "--raw", "--rw", *upper, disk).returncode == 0
-    client("mkfs.ext4", "-q", disk)
-    assert run("umount", disk).returncode == 0
+    make_file_system(run, upper, disk)
     assert run("mount", "--rw", *upper, folder).returncode == 0
     for name in range(20):
         with (folder / str(name)).open("wb") as file:
@@ -218,9 +221,7 @@ def test_an_owner_told_to_stop_writes_back_first(tmp_path: Path, pair: tuple[Pat
     folder, disk = tmp_path / "folder", tmp_path / "disk"
     folder.mkdir()
     upper = ["scratch", "--upper", *pair]
-    assert run("mount", "--raw", "--rw", *upper, disk).returncode == 0
-    client("mkfs.ext4", "-q", disk)
-    assert run("umount", disk).returncode == 0
+    make_file_system(run, upper, disk)
     assert run("mount", "--rw", *upper, folder).returncode == 0
     (folder / "late").write_bytes(b"late" * 100_000)
     assert run("daemon", "--stop", "--force").returncode == 0
