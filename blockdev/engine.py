@@ -538,19 +538,32 @@ def zero_run(content: bytes | bytearray | memoryview, grain: int) -> tuple[int, 
     return int(lib.ob_zero_run(ffi.from_buffer(content), len(content), grain, end)), int(end[0])
 
 
-def zfile_compress(
-    codec: Codec, block_size: int, content: bytes | bytearray | memoryview, *, crc: bool
-) -> tuple[memoryview, memoryview]:
-    """Compress content as consecutive ZFile blocks: their bytes, and each one's stored length (uint32).
+class Compressor:
+    """Plain bytes to stored ZFile blocks, in memory that is kept for the next call. For one thread at a time."""
 
-    Any number of threads may call it at once; the GIL is free meanwhile.
-    """
-    bound, count = lib.ob_zfile_bound(codec, block_size, len(content)), -(-len(content) // block_size)
-    out, lengths = _uncleared("unsigned char[]", max(1, bound)), _uncleared("uint32_t[]", max(1, count))
-    written = _check(
-        lib.ob_zfile_compress(codec, block_size, crc, ffi.from_buffer(content), len(content), out, bound, lengths)
-    )
-    return memoryview(ffi.buffer(out, written)), memoryview(ffi.buffer(lengths, 4 * count)).cast("I")
+    def __init__(self, codec: Codec, block_size: int, *, crc: bool) -> None:
+        self._how = codec, block_size
+        self._crc = crc
+        self._grow(0)
+
+    def _grow(self, size: int) -> None:
+        """Make room for what `size` plain bytes become."""
+        self._size = size
+        self._out = _uncleared("unsigned char[]", max(1, lib.ob_zfile_bound(*self._how, size)))
+        self._lengths = _uncleared("uint32_t[]", max(1, -(-size // self._how[1])))
+
+    def compress(self, content: bytes | bytearray | memoryview) -> tuple[memoryview, memoryview]:
+        """Content as consecutive blocks: their bytes, and each one's stored length (uint32), until the next call.
+
+        The GIL is free meanwhile.
+        """
+        size, block_size = len(content), self._how[1]
+        if size > self._size:
+            self._grow(size)
+        plain, room = ffi.from_buffer(content), len(self._out)
+        written = _check(lib.ob_zfile_compress(*self._how, self._crc, plain, size, self._out, room, self._lengths))
+        lengths = ffi.buffer(self._lengths, 4 * -(-size // block_size))
+        return memoryview(ffi.buffer(self._out, written)), memoryview(lengths).cast("I")
 
 
 _uncleared = ffi.new_allocator(should_clear_after_alloc=False)  # clearing costs as much as writing the result

@@ -21,7 +21,7 @@ from tempfile import SpooledTemporaryFile
 from types import TracebackType
 from typing import Self
 
-from blockdev.engine import Codec, crc32c, zfile_compress
+from blockdev.engine import Codec, Compressor, crc32c
 from blockdev.errors import UsageError
 from blockdev.ranges import write_at
 from formats import tar, zfile
@@ -199,7 +199,8 @@ class _Blocks:
         self._plain_size = 0
         self._ahead = _AHEAD * jobs
         self._pool = ThreadPoolExecutor(jobs, "compress")
-        self._under_way: deque[Future[tuple[memoryview, memoryview]]] = deque()
+        self._under_way: deque[tuple[Compressor, Future[tuple[memoryview, memoryview]]]] = deque()
+        self._idle: list[Compressor] = []
         self._table = SpooledTemporaryFile(_TABLE_MEMORY)  # noqa: SIM115 - close() closes it
         self._table_crc = 0
         self._warned = False
@@ -242,13 +243,13 @@ class _Blocks:
         if self._plain:
             yield from self._submit_plain()
         while self._under_way:
-            yield self._take()
+            yield from self._take()
 
     def first(self) -> memoryview:
         """The block that was held; nothing if none was."""
         if not self._held:
             return memoryview(b"")
-        stored, lengths = self._compress(self._held)
+        stored, lengths = self._compressor().compress(self._held)
         later = self._table
         self._table = SpooledTemporaryFile(_TABLE_MEMORY)  # noqa: SIM115 - as above
         self._table_crc = 0
@@ -284,19 +285,23 @@ class _Blocks:
     def _submit(self, plain: memoryview) -> Iterator[memoryview]:
         """Have whole blocks compressed; results of earlier ones, once enough are under way."""
         if plain:
-            self._under_way.append(self._pool.submit(self._compress, plain))
+            compressor = self._idle.pop() if self._idle else self._compressor()
+            self._under_way.append((compressor, self._pool.submit(compressor.compress, plain)))
             self.submitted += 1
         while len(self._under_way) > self._ahead:
-            yield self._take()
+            yield from self._take()
 
-    def _compress(self, plain: memoryview | bytearray) -> tuple[memoryview, memoryview]:
-        return zfile_compress(Codec(self._options.codec), self._options.block_size, plain, crc=self._options.verify)
+    def _compressor(self) -> Compressor:
+        return Compressor(Codec(self._options.codec), self._options.block_size, crc=self._options.verify)
 
-    def _take(self) -> memoryview:
-        stored, lengths = self._under_way.popleft().result()
+    def _take(self) -> Iterator[memoryview]:
+        """The oldest task's stored blocks, valid until whoever gets them asks for more."""
+        compressor, task = self._under_way.popleft()
+        stored, lengths = task.result()
         self.taken += 1
         self._note(lengths)
-        return stored
+        yield stored
+        self._idle.append(compressor)
 
     def _note(self, lengths: memoryview) -> None:
         """The next lengths of the jump table."""
