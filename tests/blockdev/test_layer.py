@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from blockdev.engine import Engine, EngineError, LayerKind
-from blockdev.errors import CorruptImage
+from blockdev.engine import Engine, LayerKind
+from blockdev.errors import CorruptImage, EngineError
 from blockdev.layer import Layer, open_layer, open_pair
 from formats import lsmt, tar, zfile
 from tests import stacks
