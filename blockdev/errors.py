@@ -77,6 +77,7 @@ class EngineError(BlockdevError):
     exit_code = 8
 
 
+_SENSELESS = {errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}  # names that can be no such thing
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _ABSENT = {errno.ENOENT, errno.ENOTDIR}
 
@@ -84,5 +85,6 @@ _ABSENT = {errno.ENOENT, errno.ENOTDIR}
 def from_os(what: str, error: OSError, thing: str = "") -> BlockdevError:
     """A failed system call as the error it stands for. `what` was to be done to `thing` (default: the call's file)."""
     code = error.errno or 0
-    kind = AccessDenied if code in _REFUSED else NotFound if code in _ABSENT else EngineError
+    kinds = ((_SENSELESS, UsageError), (_REFUSED, AccessDenied), (_ABSENT, NotFound))
+    kind = next((kind for codes, kind in kinds if code in codes), EngineError)
     return kind(f"{what}: {thing or error.filename}: {os.strerror(code)}")

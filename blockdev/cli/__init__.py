@@ -2,8 +2,8 @@
 """The ociblk command line: finds the command, runs it, and turns errors into exit codes.
 
 main() is the only place that does the last: a BlockdevError is its one line on stderr
-and its exit code, anything else is a defect (8), shown as a traceback only when
-OCIBLK_DEBUG=1. stdout carries results and nothing else.
+and its exit code, and so is an OSError that names a file; anything else is a defect (8),
+shown as a traceback only when OCIBLK_DEBUG=1. stdout carries results and nothing else.
 
 A command is a module of this package with HELP, add_arguments(parser) and run(args).
 Only the module of the command at hand is imported, to keep --help quick.
@@ -12,6 +12,7 @@ Only the module of the command at hand is imported, to keep --help quick.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import signal
@@ -21,8 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from blockdev.cli import stdio
 from blockdev.config import DEFAULT_POLICY, default_root, parse_policy, parse_size
-from blockdev.errors import BlockdevError, EngineError, UsageError
+from blockdev.errors import BlockdevError, EngineError, UsageError, from_os
 
 # name: module, one line of help
 _COMMANDS = {
@@ -63,25 +65,47 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code; errors are printed, never raised."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    stdio.settle()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, _leave)  # in order: what was half written is removed
     try:
-        args = _parse(arguments)
-        args.run(args)
+        code = _run(arguments)
         sys.stdout.flush()
     except BlockdevError as error:
         return _fail(error)
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains when it flushes stdout
         return _BROKEN_PIPE
+    except OSError as error:
+        if error.filename is None:
+            return _fail(_unexpected(error))
+        return _fail(from_os("using a file failed", error))
+    except Exception as error:  # noqa: BLE001 - here an error becomes an exit code
+        return _fail(_unexpected(error))
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        args = _parse(arguments)
+        _print_warnings()
+        args.run(args)
     except SystemExit as leaving:  # --help, or a signal
         return int(leaving.code or 0)
-    except Exception as error:  # noqa: BLE001 - here an error becomes an exit code
-        return _fail(EngineError(f"unexpected failure: {type(error).__name__}: {error}"))
     return 0
+
+
+def _print_warnings() -> None:
+    """What this process would log, a command says as any other notice: it has no log."""
+    import logging
+
+    class Notices(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            stdio.say(record.getMessage())
+
+    logging.lastResort = Notices(logging.WARNING)
 
 
 def _leave(number: int, _frame: object) -> NoReturn:
@@ -111,10 +135,16 @@ def mount_helper() -> int:
 
 
 def _fail(error: BlockdevError) -> int:
+    with contextlib.suppress(OSError, BlockdevError):  # the first error counts
+        sys.stdout.flush()
     if os.environ.get("OCIBLK_DEBUG") == "1":
-        traceback.print_exc()
-    print("ociblk:", " ".join(str(error).split()), file=sys.stderr)
+        stdio.tell(traceback.format_exc())
+    stdio.say(str(error))
     return error.exit_code
+
+
+def _unexpected(error: Exception) -> EngineError:
+    return EngineError(f"unexpected failure: {type(error).__name__}: {error}")
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

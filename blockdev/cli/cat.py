@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 
-from blockdev.cli import add_image_options
+from blockdev.cli import add_image_options, stdio
 from blockdev.cli.disk import opened_disk
 from blockdev.files import Files
 from blockdev.origin import locate
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the files one after the other, once all of them are found."""
+    stdio.content_stream("stdout", "writing files", terminal=True)
     with locate(args.image) as origin, opened_disk(args, origin) as disk:
         files = Files(disk, args.image)
         contents = [files.content(files.find(os.fsencode(path))) for path in args.paths]

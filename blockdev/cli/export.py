@@ -10,11 +10,10 @@ import argparse
 import contextlib
 import os
 import stat
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from blockdev.cli import add_image_options, text
+from blockdev.cli import add_image_options, stdio, text
 from blockdev.cli.ask import ask_owner
 from blockdev.errors import UsageError, from_os
 from blockdev.origin import Origin, locate
@@ -56,9 +55,7 @@ def _write(origin: Origin, fd: int, show: text.Show) -> int:
 def _output(name: str) -> Iterator[int]:
     """A descriptor to write to; what is written to a regular file counts only if the block ends well."""
     if name == STDOUT:
-        if sys.stdout.isatty():
-            raise UsageError("exporting failed: stdout: it is a terminal")
-        yield sys.stdout.fileno()
+        yield stdio.content_stream("stdout", "exporting")
         return
     if Path(name).is_dir():
         raise UsageError(f"exporting failed: {name}: it is a directory")

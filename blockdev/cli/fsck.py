@@ -7,7 +7,7 @@ import argparse
 from typing import Any
 
 from blockdev import client, control
-from blockdev.cli import add_image_options, text
+from blockdev.cli import add_image_options, stdio, text
 from blockdev.cli.ask import registry_access
 from blockdev.errors import CorruptImage
 from blockdev.root import Root
@@ -41,7 +41,7 @@ def _print(found: dict[str, Any]) -> None:
     if found["bad"]:
         text.print_table([_HEADING, *map(_row, found["bad"])])
     for path in found["leftovers"]:
-        print(f"not part of the cache: {path}")
+        print(f"not part of the cache: {stdio.printable(path)}")
     repaired = sum(one["state"] == "repaired" for one in found["bad"])
     bad = f"{len(found['bad'])} bad" + (f", {repaired} repaired" if repaired else "")
     hashed = f", {found['hashed']} digests" if found["hashed"] else ""

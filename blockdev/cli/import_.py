@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from blockdev.cli import text
+from blockdev.cli import stdio, text
 from blockdev.config import parse_size
-from blockdev.errors import UsageError, from_os
+from blockdev.errors import from_os
 
 STDIN = "-"
 _NULL_UUID = "00000000-0000-0000-0000-000000000000"
@@ -43,9 +42,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _open_disk(path: str) -> int:
     if path == STDIN:
-        if sys.stdin.isatty():
-            raise UsageError("importing failed: stdin: it is a terminal")
-        return os.dup(sys.stdin.fileno())
+        return os.dup(stdio.content_stream("stdin", "importing"))
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from blockdev.cli import add_image_options, text
+from blockdev.cli import add_image_options, stdio, text
 from blockdev.cli.ask import ask_owner
 from blockdev.origin import Origin, locate
 
@@ -35,7 +35,7 @@ def _inspect(origin: Origin) -> dict[str, Any]:
 
 
 def _print(found: dict[str, Any]) -> None:
-    print(f"image   {found['image']}")
+    print(f"image   {stdio.printable(found['image'])}")
     print(f"size    {found['size']} ({text.size(found['size'])})")
     rows = [("layer", "kind", "blob", "disk", "wrapped in", "checked", "entries", "name")]
     for place, layer in enumerate(found["layers"]):

@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 import os
 import stat
-import sys
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from blockdev.cli import add_image_options, text
+from blockdev.cli import add_image_options, stdio, text
 from blockdev.cli.disk import opened_disk
 from blockdev.files import File, Files
 from blockdev.origin import locate
@@ -85,17 +84,8 @@ def _time(mtime_ns: int) -> str:
 
 
 def _printable(raw: bytes) -> str:
-    """What stdout can say of a name, on one line."""
-    shown = "".join(map(_escaped, os.fsdecode(raw)))
-    return shown.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding)
-
-
-def _escaped(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # a byte that is no text
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    if character.isprintable() and character != "\\":
-        return character
-    return character.encode("unicode_escape").decode()
+    """A name on one line, so that no two look the same."""
+    return stdio.printable(os.fsdecode(raw).replace("\\", "\\\\"))
 
 
 def _json(file: File) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from blockdev.cli import stdio
+
 Show = Callable[[int, int], None]  # bytes done, bytes in all
 
 VERSION = 1  # of every JSON object we print
@@ -23,7 +25,8 @@ def print_json(result: Mapping[str, Any]) -> None:
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Rows in columns as wide as they need to be; the first is the heading."""
+    """Rows in columns as wide as they need to be; the first is the heading. A row is one line whatever is in it."""
+    rows = [[stdio.printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -31,7 +34,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 def print_notice(line: str) -> None:
     """Something to know that is no result."""
-    print("ociblk:", " ".join(line.split()), file=sys.stderr, flush=True)
+    stdio.say(line)
 
 
 def size(count: int) -> str:
@@ -73,17 +76,18 @@ class Transfer:
             rate = (at["done"] - self._first) / (now - self._started)
             left = f", {duration((at['total'] - at['done']) / rate)} left" if rate else ""
             line = f"pulled {size(at['done'])} of {size(at['total'])}, {size(round(rate))}/s{left}"
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        stdio.tell(f"\r\033[K{line}")
 
     def clear(self) -> None:
         """Take the line away: the result follows."""
         if self._shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            stdio.tell("\r\033[K")
 
 
 def progress(verb: str) -> Show:
     """show(done, total) bytes of long work, on stderr, if that is a terminal."""
     started = last = time.monotonic()
+    verb = stdio.printable(verb)
 
     def show(done: int, total: int) -> None:
         nonlocal last
@@ -91,6 +95,6 @@ def progress(verb: str) -> Show:
         if now - started >= _PROGRESS_AFTER and (now - last >= _PROGRESS_EVERY or done == total):
             last = now
             line = f"{verb} {size(done)} of {size(total)}" if total else f"{verb} {size(done)}"
-            print(f"\r\033[K{line}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+            stdio.tell(f"\r\033[K{line}" + ("\n" if done == total else ""))
 
     return show if sys.stderr.isatty() else lambda done, total: None
