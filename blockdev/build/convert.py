@@ -107,11 +107,12 @@ def convert(
     CorruptImage, UsageError, and what the depots raise. Unless it returns, the target's tag is what it was.
     """
     options.check()
-    if source.place == target.place and not options.referrer:
-        raise UsageError(f"converting failed: {target.place}: it would take its source's place")
     if options.referrer and source.name != target.name:
         raise UsageError(f"converting failed: {target.name}: a referrer has to be where its subject is, {source.name}")
     top = source.document("")
+    displaces = target.displaces(source)
+    if displaces and not options.referrer:
+        raise UsageError(f"converting failed: {target.place}: it would take its source's place")
     images = choose(source, top, options.platform)
     with Sending(source, target, workshop, Meter(progress, images)) as sending:
         pending = [_convert_image(source, image, sending, workshop, options) for image in images]
@@ -121,7 +122,7 @@ def convert(
         result = documents[0]
         if options.platform is None and images[0].entry:
             result = put_index(target, top, images, documents, kind)
-        if not options.referrer or source.place != target.place:
+        if not displaces:
             target.tag(result)
         for layer in (layer for layers in finished for layer in layers):
             if target.name not in layer.made.places:

@@ -48,6 +48,9 @@ class Depot(Protocol):
     def tag(self, document: Document) -> None:
         """Let the place's tag stand for a document."""
 
+    def displaces(self, source: Depot) -> bool:
+        """Whether tag() would take the tag of the image that the source's place means, which is there."""
+
     def refer(self, subject: str, document: Document, referrer: Descriptor) -> None:
         """Bring a document there that refers to `subject` (a digest), to be found from that."""
 

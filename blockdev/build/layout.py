@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from blockdev.build.depot import Blob, Read, Tell, checked
+from blockdev.build.depot import Blob, Depot, Read, Tell, checked
 from blockdev.errors import CorruptImage, NotFound, UsageError, from_os
 from blockdev.registry.client import Document
 from blockdev.replacement import replacing
-from blockdev.staging import copy_content
+from blockdev.staging import copy_content, digest_of
 from formats import layout, oci
 from formats.errors import FormatError
 
@@ -29,8 +29,8 @@ class Layout:
     """A depot. Without a tag, it reads the only image and writes `latest`."""
 
     def __init__(self, folder: Path, tag: str | None) -> None:
-        self.name = f"oci:{folder}"
-        self.place = f"{self.name}:{tag or 'latest'}"
+        self.name = f"oci:{os.path.realpath(folder)}"  # one for all paths to the directory
+        self.place = f"oci:{folder}:{tag or 'latest'}"
         self.folder = folder
         self._tag = tag
 
@@ -74,9 +74,9 @@ class Layout:
         """As Depot.put_blob()."""
         path = self._path(blob.digest)
         try:
-            if path.exists() and path.stat().st_size == blob.size:
-                return False
             self._prepare(path)
+            if _holds(path, blob):
+                return False
             with replacing(path) as fd:
                 copy_content(blob.fd, fd, blob.size)
         except OSError as error:
@@ -98,6 +98,12 @@ class Layout:
         """As Depot.tag()."""
         name = {layout.REF_NAME: self._tag or "latest"}
         self._enter(document, oci.Descriptor(document.media_type, document.digest, len(document.body), name))
+
+    def displaces(self, source: Depot) -> bool:
+        """As Depot.displaces(). Without a tag, the source's is that of the only image it has."""
+        if not isinstance(source, Layout) or source.name != self.name:
+            return False
+        return (self._tag or "latest") in (source._tag or "latest", source._find("").annotations.get(layout.REF_NAME))
 
     def refer(self, subject: str, document: Document, referrer: oci.Descriptor) -> None:
         """As Depot.refer(): a layout has its referrers in the index, without a name."""
@@ -143,8 +149,13 @@ class Layout:
             os.close(fd)
 
     def _prepare(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         marker = self.folder / layout.MARKER
+        try:
+            if marker.exists():
+                layout.check_marker(self._read(layout.MARKER))
+        except FormatError as error:
+            raise CorruptImage(f"write image layout: {self.folder}: {error}") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
         if not marker.exists():
             with replacing(marker) as fd:
                 os.write(fd, _MARKER)
@@ -159,6 +170,14 @@ class Layout:
                 return file.read(oci.DOCUMENT_SIZE_MAX + 1)
         except OSError as error:
             raise from_os("read image layout", error, str(path)) from None
+
+
+def _holds(path: Path, blob: Blob) -> bool:
+    """Whether the blob is there, every byte of it."""
+    if not path.exists() or path.stat().st_size != blob.size:
+        return False
+    with path.open("rb", buffering=0) as file:
+        return digest_of(file.fileno(), blob.digest.partition(":")[0]) == blob.digest
 
 
 def _replaces(entry: oci.Descriptor, known: oci.Descriptor) -> bool:

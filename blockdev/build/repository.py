@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from blockdev.build.depot import Blob, Read, Tell, checked
+from blockdev.build.depot import Blob, Depot, Read, Tell, checked
 from blockdev.errors import CorruptImage, NotFound, SourceError, UsageError
 from blockdev.registry.client import Body, Client, Document, Part
 from blockdev.registry.exchange import PIECE_SIZE
@@ -70,6 +70,12 @@ class Repository:
         if self.reference.tag is None or self.reference.digest:
             raise UsageError(f"tagging failed: {self.reference}: want a tag, not a digest")
         self._put(self.reference.tag, document)
+
+    def displaces(self, source: Depot) -> bool:
+        """As Depot.displaces(). Beside a digest, the tag is still the image's."""
+        if not isinstance(source, Repository) or source.name != self.name:
+            return False
+        return source.reference.tag == self.reference.tag
 
     def refer(self, subject: str, document: Document, referrer: oci.Descriptor) -> None:
         """As Depot.refer(). A registry without a list of referrers gets one under a tag (specification 1.1)."""

@@ -280,7 +280,6 @@ def test_a_referrer_is_found_from_its_source(
     assert client.manifest("team/app", "1") == before, "the source keeps its tag"
     listed = json.loads(client.manifest("team/app", before.digest.replace(":", "-")).body)["manifests"]
     found = client.manifest("team/app", listed[0]["digest"])
-    client.close()
     assert [entry["artifactType"] for entry in listed] == [oci.NATIVE_ARTIFACT]
     said = json.loads(found.body)
     assert said["artifactType"] == oci.NATIVE_ARTIFACT
@@ -290,6 +289,7 @@ def test_a_referrer_is_found_from_its_source(
         converter(repository, target, referrer=True)
     with pytest.raises(UsageError, match="take its source's place"):
         converter(repository, repository)
+    client.close()
 
 
 def test_referrers_in_a_layout_are_entries_without_a_name(converter: Converter, platforms: Path) -> None:
@@ -300,6 +300,38 @@ def test_referrers_in_a_layout_are_entries_without_a_name(converter: Converter, 
     subjects = {document(platforms, digest)["subject"]["digest"] for digest in referrers}
     assert subjects == {entries[0]["digest"], *(image.source for image in made.images)}
     assert Layout(platforms, "block").document("").digest == made.digest
+
+
+@pytest.mark.parametrize("into", ["it:TAG", "it", "link", "link/../it", "link:TAG"])
+def test_a_source_keeps_its_tag_however_it_is_spelled(converter: Converter, source: Path, into: str) -> None:
+    (source.parent / "link").symlink_to(source)
+    before = (source / "index.json").read_bytes()
+    target = into.replace("it", source.name).replace("TAG", TAG)
+    for read in (f"{source}", f"{source}:{TAG}"):
+        if read == str(source) or target.endswith(TAG):
+            with pytest.raises(UsageError, match="take its source's place"):
+                converter(Layout.parse(read), Layout.parse(f"{source.parent}/{target}"))
+    assert (source / "index.json").read_bytes() == before
+    converter(Layout.parse(str(source)), Layout(source, "another"))
+
+
+def test_a_tag_beside_a_digest_is_the_sources(converter: Converter, registry: Registry, source: Path) -> None:
+    client = Client(registry.host, NOBODY)
+    names = ("1", f"1@{oci.digest_of(b'')}", "2")
+    depots = [Repository(client, oci.Reference.parse(f"{registry.host}/team/app:{name}")) for name in names]
+    assert [depots[0].displaces(depot) for depot in (*depots, Layout(source, "1"))] == [True, True, False, False]
+    client.close()
+
+
+def test_a_blob_of_the_target_that_is_damaged_is_brought_again(
+    converter: Converter, source: Path, target: Path
+) -> None:
+    made = converter(source, target).images[0].layers
+    path = target / layout.blob_path(made[0].digest)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert [layer.sent for layer in converter(source, target).images[0].layers] == [True, False]
+    assert path.read_bytes() == content
 
 
 # ---- what is wrong --------------------------------------------------------------------------
@@ -322,6 +354,15 @@ def tiny(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(point)], check=True)
     yield point
     subprocess.run(["umount", "--lazy", str(point)], check=True)
+
+
+def test_a_target_of_a_version_that_is_not_known_is_left_alone(
+    converter: Converter, source: Path, target: Path
+) -> None:
+    target.mkdir()
+    (target / "oci-layout").write_text('{"imageLayoutVersion": "9"}')
+    assert "version '9'" in _refused(converter, CorruptImage, source, target)
+    assert [path.name for path in target.iterdir()] == ["oci-layout"]
 
 
 def test_a_full_target_has_no_image(converter: Converter, tiny: Path, source: Path) -> None:
