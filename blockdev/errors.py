@@ -87,4 +87,4 @@ def from_os(what: str, error: OSError, thing: str = "") -> BlockdevError:
     code = error.errno or 0
     kinds = ((_SENSELESS, UsageError), (_REFUSED, AccessDenied), (_ABSENT, NotFound))
     kind = next((kind for codes, kind in kinds if code in codes), EngineError)
-    return kind(f"{what}: {thing or error.filename}: {os.strerror(code)}")
+    return kind(f"{what}: {thing or error.filename}: {error.strerror or os.strerror(code)}")

@@ -14,6 +14,9 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from time import gmtime, strftime
 
+from blockdev.errors import from_os
+from blockdev.ownfile import open_own
+
 _FILE_MAX = 1 << 20  # bytes; weeks of an owner that has nothing to complain of
 _KEPT = 1  # older files beside the current one
 
@@ -30,10 +33,10 @@ class _Logfmt(logging.Formatter):
 
 
 def write_log(path: Path | None, *, debug: bool) -> None:
-    """Send this process's log to a file at path (made private, rotated), or to stderr."""
+    """Send this process's log to a file at path (made private, rotated), or to stderr. Refusals are from_os()'s."""
     handler: logging.Handler = logging.StreamHandler()
     if path:
-        path.touch(mode=0o600)
+        os.close(_open(path))
         # Half a surrogate pair, which JSON can carry, has no UTF-8.
         handler = RotatingFileHandler(
             path, maxBytes=_FILE_MAX, backupCount=_KEPT, encoding="utf-8", errors="backslashreplace"
@@ -46,7 +49,14 @@ def write_log(path: Path | None, *, debug: bool) -> None:
 
 def catch_crashes(path: Path) -> None:
     """Have what would go to stdout and stderr (a failed C assertion) written to the file too."""
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = _open(path)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
+
+
+def _open(path: Path) -> int:
+    try:
+        return open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    except OSError as error:
+        raise from_os("writing the log failed", error, str(path)) from None

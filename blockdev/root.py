@@ -19,18 +19,24 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from blockdev.errors import AccessDenied, DeviceError, EngineError
+from blockdev.ownfile import open_own, read_own
+from blockdev.ranges import write_at
+from blockdev.replacement import UNFINISHED, replacing
 
 LAYOUT_VERSION = 1
 _MOUNTS = "mounts"
 _POLL = 0.02  # seconds between looks at a lock; flock(2) has no timeout
 _LOCK_TEXT_MAX = 200
+_VERSION_TEXT_MAX = 20
+_FIRST_FILES = {"lock", "version", "owner.log", "owner.log.1", "control.sock"}  # what a first start may leave
+_FIRST_FOLDERS = {"blobs", "catalog", "converted", _MOUNTS}  # ... empty
+_VOLUME = "lost+found"  # what a volume has when it is new
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
@@ -50,7 +56,8 @@ class Root:
         self._lock_fd = -1
 
     def prepare(self) -> None:
-        """Make the directory if there is none. AccessDenied if it cannot be ours alone."""
+        """Make the directory if there is none. AccessDenied if it cannot be ours alone; DeviceError if it is
+        something else than a root. Then nothing in it has been touched."""
         with self._refusals("making the root"):
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = self.path.stat()
@@ -60,6 +67,8 @@ class Root:
             raise AccessDenied(f"using the root failed: {self.path}: everybody may write to it")
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise AccessDenied(f"using the root failed: {self.path}: no permission to write to it")
+        with self._refusals("using the root"):
+            self._check_ours()
 
     def acquire(self, name: str, timeout: float) -> None:
         """Become the owner, as "name pid" in the lock; DeviceError names another one
@@ -85,15 +94,14 @@ class Root:
     def holder(self) -> str | None:
         """"name pid" as the last owner wrote it; None if it left in order or never was."""
         try:
-            with open(self.lock, "rb") as file:
-                return file.read(_LOCK_TEXT_MAX).decode(errors="replace").strip() or None
+            return read_own(self.lock, _LOCK_TEXT_MAX).decode(errors="replace").strip() or None
         except FileNotFoundError:
             return None
 
     def owned(self) -> bool:
         """Whether some process holds the lock now. Takes it for an instant if none does."""
         try:
-            fd = os.open(self.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = open_own(self.lock, os.O_NOFOLLOW)
         except FileNotFoundError:
             return False
         try:
@@ -113,10 +121,9 @@ class Root:
             os.close(fd)
 
     def check_version(self) -> None:
-        """Refuse what a newer program wrote; make room for ourselves where an older one did.
+        """Refuse what a newer program wrote; a root that has no version yet gets ours.
 
-        The caller is the owner. Version 0 (a root with a cache and no version) never was
-        released, so its cache is dropped and refills; a later change of layout adds its step here.
+        The caller is the owner, after prepare(). A later change of layout adds its step here.
         """
         with self._refusals("reading the version"):
             found = self._read_version()
@@ -125,22 +132,44 @@ class Root:
                     f"using the root failed: {self.path}: written by a newer version (layout {found}, "
                     f"this program knows {LAYOUT_VERSION})"
                 )
-            if found == LAYOUT_VERSION:
-                return
-            if self.blobs.exists():
-                shutil.rmtree(self.blobs)
-            written = self.version.with_name("version.new")
-            written.write_text(f"{LAYOUT_VERSION}\n")
-            written.replace(self.version)
+            if not found:
+                with replacing(self.version) as fd:
+                    write_at(fd, f"{LAYOUT_VERSION}\n".encode(), 0)
+
+    def _check_ours(self) -> None:
+        """Without a version, only what a first start leaves that was cut off is a root to be."""
+        # Listed before the version is looked for: what we would not know comes after it.
+        names = sorted(path.name for path in self.path.iterdir())
+        if not self._read_version():
+            other = next((name for name in names if not self._is_first(name)), None)
+            if other and "version" in names:
+                raise DeviceError(
+                    f"using the root failed: {self.version}: it is empty, but {other} is there: "
+                    f"if {self.path} is a root, write {LAYOUT_VERSION} to it"
+                )
+            if other:
+                raise DeviceError(
+                    f"using the root failed: {self.path}: it is no root: {other} is there, but no version; "
+                    "name a root, or an empty directory"
+                )
+        if os.path.lexists(self.blobs) and not self.blobs.is_dir():
+            raise DeviceError(f"using the root failed: {self.blobs}: it is no directory")
+
+    def _is_first(self, name: str) -> bool:
+        path = self.path / name
+        if name in _FIRST_FOLDERS:
+            return path.is_dir() and {below.name for below in path.iterdir()} <= {_VOLUME}
+        return name in _FIRST_FILES or name == _VOLUME or (name.startswith(".") and name.endswith(UNFINISHED))
 
     def _read_version(self) -> int:
+        """0: there is none, or it is empty, as a power cut may leave it."""
         try:
-            text = self.version.read_text(errors="replace").strip()
+            text = read_own(self.version, _VERSION_TEXT_MAX).decode(errors="replace").strip()
         except FileNotFoundError:
             return 0
-        if not (text.isascii() and text.isdigit()):
-            raise DeviceError(f"using the root failed: {self.version}: {text[:20]!r} is not a version")
-        return int(text)
+        if text and not (text.isascii() and text.isdigit() and int(text)):
+            raise DeviceError(f"using the root failed: {self.version}: {text!r} is not a version")
+        return int(text or 0)
 
     @contextlib.contextmanager
     def _refusals(self, what: str) -> Iterator[None]:
@@ -148,7 +177,7 @@ class Root:
             yield
         except OSError as error:
             kind = EngineError if error.errno in _FULL else AccessDenied
-            raise kind(f"{what} failed: {error.filename or self.path}: {error.strerror}") from None
+            raise kind(f"{what} failed: {error.filename or self.path}: {error.strerror or error}") from None
 
 
 def is_mount_file(path: Path) -> bool:

@@ -61,7 +61,7 @@ def test_a_new_root_gets_the_version(tmp_path: Path) -> None:
     root.check_version()
 
 
-@pytest.mark.parametrize("text", [f"{LAYOUT_VERSION + 1}\n", "99", "beta", "", "-1"])
+@pytest.mark.parametrize("text", [f"{LAYOUT_VERSION + 1}\n", "99", "beta", "0\n", "-1"])
 def test_a_newer_or_unreadable_version_is_refused_and_left_alone(tmp_path: Path, text: str) -> None:
     root = Root(tmp_path)
     root.version.write_text(text)
@@ -72,11 +72,61 @@ def test_a_newer_or_unreadable_version_is_refused_and_left_alone(tmp_path: Path,
     assert root.blobs.exists()
 
 
-def test_an_older_cache_is_rebuilt(tmp_path: Path) -> None:
+def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "blobs" / "sha256").mkdir(parents=True)
+    (tmp_path / "blobs" / "sha256" / "theirs").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DeviceError, match=f"{tmp_path}: it is no root: blobs is there"):
+        Root(tmp_path).prepare()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_new_volume_becomes_a_root(tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "blobs" / "lost+found").mkdir(parents=True)
     root = Root(tmp_path)
-    root.version.write_text("0\n")
-    (root.blobs / "sha256").mkdir(parents=True)
-    (root.blobs / "sha256" / "old").touch()
+    root.prepare()
     root.check_version()
-    assert not root.blobs.exists()
     assert root.version.read_text() == f"{LAYOUT_VERSION}\n"
+
+
+def test_a_first_start_that_was_cut_off_is_begun_again(tmp_path: Path) -> None:
+    for name in ("lock", "owner.log", "version", ".0123456789abcdef.part"):
+        (tmp_path / name).touch()
+    root = Root(tmp_path)
+    root.prepare()
+    root.check_version()
+    assert root.version.read_text() == f"{LAYOUT_VERSION}\n"
+
+
+def test_an_empty_version_beside_a_cache_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    root = Root(tmp_path)
+    root.version.touch()
+    (root.blobs / "sha256").mkdir(parents=True)
+    with pytest.raises(DeviceError, match=f"empty, but blobs is there.* write {LAYOUT_VERSION} to it"):
+        root.prepare()
+    root.version.write_text("1")
+    root.prepare()
+
+
+@pytest.mark.parametrize("name", ["version", "blobs"])
+def test_what_is_no_file_or_directory_is_named_not_waited_for(tmp_path: Path, name: str) -> None:
+    if name != "version":
+        Root(tmp_path).check_version()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises((AccessDenied, DeviceError), match=f"{name}: it is no"):
+        Root(tmp_path).prepare()
+
+
+def test_blobs_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
+    root = Root(tmp_path)
+    root.check_version()
+    root.blobs.symlink_to("nowhere")
+    with pytest.raises(DeviceError, match="blobs: it is no directory"):
+        root.prepare()
+
+
+def test_a_lock_that_is_a_fifo_has_no_holder(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lock")
+    with pytest.raises(OSError, match="no regular file"):
+        Root(tmp_path).owned()

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -88,6 +89,26 @@ def test_a_root_of_a_newer_version_is_refused(root: Root, run: Run) -> None:
     assert refused.returncode == 7
     assert refused.stderr.startswith("ociblk: ")
     assert "newer version" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+def test_a_layout_named_as_the_root_keeps_its_blobs(root: Root, run: Run) -> None:
+    (root.blobs / "sha256").mkdir(parents=True)
+    (root.path / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+    before = sorted(root.path.rglob("*"))
+    refused = run("cache", "stat")
+    assert (refused.returncode, refused.stderr.count("\n")) == (7, 1)
+    assert "it is no root" in refused.stderr
+    assert sorted(root.path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_why_the_log_cannot_be_written_reaches_the_command(root: Root, run: Run, make: Callable[[Path], None]) -> None:
+    root.prepare()
+    make(root.log)
+    refused = run("cache", "stat")
+    assert refused.returncode == 8
+    assert refused.stderr.startswith(f"ociblk: writing the log failed: {root.log}: ")
     assert refused.stderr.count("\n") == 1
 
 
