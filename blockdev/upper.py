@@ -22,7 +22,7 @@ from blockdev.ranges import write_at
 from blockdev.replacement import replacing, sync_directory
 from formats import lsmt
 from formats.errors import FormatError
-from formats.lsmt import ENTRY_SIZE, HEAD_SIZE, NULL_UUID, SEALED_ENTRIES_MAX, SECTOR, Head, Segment, pack
+from formats.lsmt import ENTRY_SIZE, HEAD_SIZE, LENGTH_MAX, NULL_UUID, SEALED_ENTRIES_MAX, SECTOR, Head, Segment, pack
 from formats.pair import PairWriter, compact, replay, seal, zeros
 from formats.readat import check_range
 
@@ -193,7 +193,8 @@ def seal_pair(data: Path, index: Path) -> int:
 def resize_pair(data: Path, index: Path, size: int) -> int:
     """Give the disk another size, 0 being that of what is below; its size before.
 
-    What is cut off is gone: it reads as zeros if the disk becomes larger again.
+    What is cut off is gone: it reads as zeros if the disk becomes larger again. How far what is
+    below reaches is not known here, so it is hidden when a disk that ended before it grows.
     """
     with open_pair_files(data, index, change=True) as pair, _writing("resize", data):
         head = replace(pair.head, virtual_size=size)
@@ -202,10 +203,9 @@ def resize_pair(data: Path, index: Path, size: int) -> int:
         except FormatError as error:
             raise UsageError(f"resize: {data}: {error.what}") from None
         before = pair.head.virtual_size
-        end = max([before // SECTOR, *(segment.end for segment in pair.live())])
-        cut = b""
-        if 0 < size < end * SECTOR:
-            cut = pack(zeros(size // SECTOR, end - size // SECTOR, pair.data.size // SECTOR))
+        if before and not size:
+            raise UsageError(f"resize: {data}: what is below may reach beyond {before} bytes, and show again: want a size")
+        cut = _hidden(pair, size, str(data)) if size else b""
         with replacing(index) as made:  # the size that counts, and what it cuts off, at once
             kept = HEAD_SIZE + pair.log.index_count * ENTRY_SIZE
             _copy(pair.index.fd, 0, made, 0, kept)
@@ -214,6 +214,17 @@ def resize_pair(data: Path, index: Path, size: int) -> int:
         write_at(pair.data.fd, field, _SIZE_FIELD.start)
         os.fdatasync(pair.data.fd)
         return before
+
+
+def _hidden(pair: PairFiles, size: int, name: str) -> bytes:
+    """Entries of zeros from the end of the smaller disk to that of the larger one, and of all that was written."""
+    live = pair.live()
+    before = pair.head.virtual_size or size
+    start = min(before, size) // SECTOR
+    end = max(before // SECTOR, size // SECTOR, *(segment.end for segment in live), 0)
+    if len(live) + (end - start) // LENGTH_MAX >= SEALED_ENTRIES_MAX:
+        raise UsageError(f"resize: {name}: {size} bytes: too far from the {before} bytes it has")
+    return pack(zeros(start, end - start, pair.data.size // SECTOR))
 
 
 _SIZE_FIELD = slice(48, 56)  # of virtual_size, in a head

@@ -236,3 +236,22 @@ def test_a_disk_made_smaller_and_larger_again_has_zeros_at_its_end(pair: tuple[P
     assert [head.virtual_size for head in heads] == [2 * SIZE, 2 * SIZE]
     with pytest.raises(UsageError):
         resize_pair(*pair, 1000)
+
+
+@pytest.mark.parametrize("size", [0, SIZE // 2])
+def test_what_is_below_does_not_come_back_when_a_disk_grows(tmp_path: Path, size: int) -> None:
+    """Whether it was cut off, or the disk was made smaller than that."""
+    (tmp_path / "layer").write_bytes(layer())
+    pair = tmp_path / "data", tmp_path / "index"
+    create_pair(*pair, size)
+    small = 16 * SECTOR
+    resize_pair(*pair, small)
+    resize_pair(*pair, SIZE)
+    with opened(tmp_path / "layer", upper=pair) as image:
+        assert image.read_at(0, small) == b"\x11" * small
+        assert image.read_at(small, SIZE - small) == bytes(SIZE - small)
+    with pytest.raises(UsageError, match="may reach beyond"):
+        resize_pair(*pair, 0)
+    with pytest.raises(UsageError, match="too far"):
+        resize_pair(*pair, 1 << 50)
+    assert Head.parse(pair[1].read_bytes()[:HEAD_SIZE]).virtual_size == SIZE
