@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,23 +19,27 @@ UNFINISHED = ".part"  # ends the name of what was being written when the power w
 def replacing(path: Path) -> Iterator[int]:
     """A new, empty file, open for reading and writing, that becomes `path` when the block ends well.
 
-    If it raises, whatever was at `path` stays as it was. A symbolic link is followed. What
-    is there and no regular file is refused: UsageError.
+    It has the owner and the mode of what was at `path`, which stays as it was if the block raises.
+    A symbolic link is followed. What is there and no regular file is refused: UsageError.
     """
     target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise UsageError(f"write file: {path}: it is there and no regular file")
     part = target.with_name(f".{secrets.token_hex(8)}{UNFINISHED}")
     try:
+        before = target.stat() if target.exists() else None
+        if before and not stat.S_ISREG(before.st_mode):
+            raise UsageError(f"write file: {path}: it is there and no regular file")
         # Not mkstemp: the file shall have the mode that any new file of the user has.
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise from_os("write file", error, str(path)) from error
     try:
+        try:
+            if before:
+                _make_like(before, fd)
+        except OSError as error:
+            raise from_os("write file", error, str(path)) from error
         yield fd
         try:
-            if target.exists():
-                os.fchmod(fd, target.stat().st_mode & 0o777)
             os.fsync(fd)
             part.replace(target)
             sync_directory(target.parent)
@@ -46,6 +51,13 @@ def replacing(path: Path) -> Iterator[int]:
         raise
     finally:
         os.close(fd)
+
+
+def _make_like(before: os.stat_result, fd: int) -> None:
+    made = os.fstat(fd)
+    if (made.st_uid, made.st_gid) != (before.st_uid, before.st_gid):
+        os.fchown(fd, before.st_uid, before.st_gid)
+    os.fchmod(fd, before.st_mode & 0o777)
 
 
 def sync_directory(path: Path) -> None:

@@ -204,7 +204,7 @@ def resize_pair(data: Path, index: Path, size: int) -> int:
             raise UsageError(f"resize: {data}: {error.what}") from None
         before = pair.head.virtual_size
         if before and not size:
-            raise UsageError(f"resize: {data}: what is below may reach beyond {before} bytes, and show again: want a size")
+            raise UsageError(f"resize: {data}: what is below may reach beyond {before} bytes: want a size")
         cut = _hidden(pair, size, str(data)) if size else b""
         with replacing(index) as made:  # the size that counts, and what it cuts off, at once
             kept = HEAD_SIZE + pair.log.index_count * ENTRY_SIZE
