@@ -70,6 +70,12 @@ class _Place:
         self.lock = threading.Lock()
         self.login: _Login | None = None
 
+    def await_turn(self, task: Task) -> None:
+        """Take the lock; SourceError if the task's time ends before."""
+        left = max(0.0, task.deadline - time.monotonic())
+        if not self.lock.acquire(timeout=min(left, threading.TIMEOUT_MAX)):
+            raise SourceError(f"{task.failed}: no time left while another request logs in")
+
 
 @dataclass
 class Rejection:
@@ -100,8 +106,11 @@ class Authorizer:
         if time.monotonic() < login.renew_at:
             return login.header
         good = time.monotonic() < login.ends_at
-        if not place.lock.acquire(blocking=not good):
-            return login.header
+        if good:
+            if not place.lock.acquire(blocking=False):
+                return login.header
+        else:
+            place.await_turn(task)
         try:
             if place.login is not login:
                 return place.login.header if place.login else None
@@ -119,7 +128,8 @@ class Authorizer:
     def renew(self, scope: Scope, task: Task, rejection: Rejection) -> str:
         """The Authorization to try after a reply has rejected one. AccessDenied when there is no other."""
         place = self._place(scope)
-        with place.lock:
+        place.await_turn(task)
+        try:
             if place.login and place.login.header != rejection.used:
                 return place.login.header  # somebody else was first
             challenge = parse_challenge(rejection.challenge)
@@ -132,6 +142,8 @@ class Authorizer:
             place.login = None
             place.login = self._log_in(challenge, scope, task, rejection.tried)
             return place.login.header
+        finally:
+            place.lock.release()
 
     def _place(self, scope: Scope) -> _Place:
         with self._lock:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One HTTP request and its reply: TLS rules, time limits, and what an answer means.
 
-The only place that knows `requests`, and the one translation from HTTP to our errors. Redirects,
-logins and retries are the callers' matter: send() does exactly what it is told, once, or not at
-all while the host has told us to wait. TLS is always verified. No message holds a URL's query,
-which may be a signature, nor what the server says about our login.
+The one translation from `requests` and HTTP to our errors; what goes over the wire at what pace is the
+matter of blockdev/registry/connection.py. Redirects, logins and retries are the callers': send() does exactly
+what it is told, once, or not at all while the host has told us to wait. TLS is always verified. No message
+holds a URL's query, which may be a signature, nor what the server says about our login.
 """
 
 from __future__ import annotations
@@ -27,19 +27,17 @@ from urllib.parse import urlsplit
 
 import requests
 import urllib3
-from requests.adapters import HTTPAdapter
 
 from blockdev.engine import Fetch, HttpTarget, Trust
 from blockdev.errors import AccessDenied, BlockdevError, NotFound, SourceError
 from blockdev.registry.backoff import Backoff, LeftAlone
+from blockdev.registry.connection import SLOWEST_RATE, Adapter, HeadTooLong, Limit, TooSlow
 from blockdev.registry.trust import Trusted
 
 CONNECT_SECONDS = 5.0  # a wrong address is told to a waiting user within this
 STALL_SECONDS = 10.0  # longest silence of a server that has work to do; three fit into eio:30s
-CONNECTIONS_MAX = 32  # kept open per host: every fetch thread's, and a few commands'
 PIECE_SIZE = 64 << 10  # most that one read takes from the socket: the cache's extent
 ERROR_TEXT_SIZE = 8 << 10  # of an error's JSON; registries write a few hundred bytes
-SLOWEST_RATE = 1 << 10  # bytes a second; a body that is slower over a stall time counts as stalled
 BUSY_SECONDS = 1.0  # what a 429 or 503 without Retry-After asks for
 USER_AGENT = "ociblk"
 
@@ -48,6 +46,7 @@ _NOT_FOUND = 404
 _BUSY = (429, 503)
 _SERVER_ERRORS = 500
 _BAD_REQUEST = 400
+_HARMLESS = ("GET", "HEAD")  # may be sent twice
 _QUERY = re.compile(r"\?\S+")
 _log = logging.getLogger(__name__)
 
@@ -90,9 +89,8 @@ class Reply:
     """
 
     def __init__(
-        self, response: requests.Response, request: Request, task: Task, backoff: Backoff, stall: float
+        self, response: requests.Response, request: Request, task: Task, backoff: Backoff, limit: Limit
     ) -> None:
-        """stall: seconds within which SLOWEST_RATE has to be kept up."""
         self.status = response.status_code
         self.url = request.url
         self._response = response
@@ -101,10 +99,9 @@ class Reply:
         self._place = _place(task, request.url)
         self._host = urlsplit(request.url).netloc
         self._backoff = backoff
-        self._stall = stall
-        self._since = time.monotonic()  # of the stall time that runs
-        self._received = 0  # bytes in it
-        if request.method == "HEAD" or self.header("Content-Length") == "0":
+        self._limit = limit
+        empty = self.header("Content-Length") == "0" and not self.header("Transfer-Encoding")
+        if request.method == "HEAD" or empty:
             response.raw.read()  # nothing comes, but only now is the connection free for others
 
     def __enter__(self) -> Self:
@@ -132,31 +129,21 @@ class Reply:
 
     def extend(self, deadline: float) -> None:
         """Allow the body more time."""
-        self._task = replace(self._task, deadline=deadline)
+        self._limit.deadline = deadline
 
     def read_piece(self, into: memoryview) -> int:
         """The next bytes of the body, as many as are here now, at most PIECE_SIZE; 0 at its end.
 
         SourceError if the body ends early, stalls, or the task's deadline has passed.
         """
-        now = time.monotonic()
-        if now > self._task.deadline or self._too_slow(now):
-            raise self._failure("the answer is too slow")
         try:
-            piece = self._response.raw.read1(min(len(into), PIECE_SIZE), decode_content=False)
+            with self._limit:
+                self._limit.patience()
+                piece = self._response.raw.read1(min(len(into), PIECE_SIZE), decode_content=False)
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise self._failure(_reason(error)) from None
         into[: len(piece)] = piece
-        self._received += len(piece)
         return len(piece)
-
-    def _too_slow(self, now: float) -> bool:
-        """Whether a stall time has passed with next to nothing in it. The next one begins then."""
-        if now - self._since < self._stall:
-            return False
-        slow = self._received < SLOWEST_RATE * self._stall
-        self._since, self._received = now, 0
-        return slow
 
     def _failure(self, why: str, retry_after: float | None = None) -> SourceError:
         return SourceError(f"{self._place}{why}", retry_after=retry_after, host=self._host)
@@ -205,29 +192,6 @@ class Reply:
         return f" ({''.join(c if c.isprintable() else ' ' for c in words[:200]).strip()})"
 
 
-class _Adapter(HTTPAdapter):
-    """Trusts what `trusted` says, besides the certificates that requests brings."""
-
-    def __init__(self, trusted: Trusted) -> None:
-        self._trust = trusted.context
-        super().__init__(pool_connections=CONNECTIONS_MAX, pool_maxsize=CONNECTIONS_MAX, max_retries=0)
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, ssl_context=self._trust, **kwargs)
-
-    def close(self) -> None:
-        """Here and now: urllib3 leaves it to the garbage collector, which an idle process may not need for hours."""
-        for manager in (self.poolmanager, *self.proxy_manager.values()):
-            for key in manager.pools.keys():  # noqa: SIM118 - it cannot be iterated itself
-                pool = manager.pools.get(key)
-                if pool:
-                    pool.close()
-        super().close()
-
-    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
-        return super().proxy_manager_for(proxy, ssl_context=self._trust, **kwargs)
-
-
 @dataclass(frozen=True)
 class Ranged:
     """A GET that the engine can send by itself, for any range."""
@@ -251,7 +215,7 @@ class Exchange:
         self._timeouts = timeouts
         self._closed = False
         self._settings = requests.Session()  # asked for proxies and $REQUESTS_CA_BUNDLE only
-        self._adapter = _Adapter(self._trusted)
+        self._adapter = Adapter(self._trusted.context)
         # urllib3 logs whole URLs at DEBUG, signatures included.
         logging.getLogger("urllib3.connectionpool").setLevel(logging.INFO)
 
@@ -277,21 +241,33 @@ class Exchange:
         LeftAlone without a request while the host wants none.
         """
         host = urlsplit(request.url).netloc
-        left = self._time_left(task, request.url)
-        stall = request.patience or self._timeouts.stall
-        headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity", **request.headers}
+        self._time_left(task, request.url)
+        limit = Limit(task.deadline, request.patience or self._timeouts.stall)
         try:
-            prepared = requests.Request(request.method, request.url, headers, data=request.body).prepare()
-            settings: Any = self._settings.merge_environment_settings(request.url, {}, True, True, None)
-            # Not Session.send(): it reads the bodies of redirects to the end, and asks ~/.netrc.
-            limits = (min(self._timeouts.connect, left), min(stall, left))
-            response = self._adapter.send(prepared, timeout=limits, **settings)
+            response = self._send(request, limit)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             raise SourceError(f"{_place(task, request.url)}{_reason(error)}", host=host) from None
         _log.debug("%s %s: %d", request.method, without_query(request.url), response.status_code)
-        reply = Reply(response, request, task, self.backoff, stall)
+        limit.in_head = False
+        reply = Reply(response, request, task, self.backoff, limit)
         self._heed(host, reply.told_to_wait)
         return reply
+
+    def _send(self, request: Request, limit: Limit) -> requests.Response:
+        headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity", **request.headers}
+        prepared = requests.Request(request.method, request.url, headers, data=request.body).prepare()
+        settings: Any = self._settings.merge_environment_settings(request.url, {}, True, True, None)
+        with limit:
+            # Not Session.send(): it reads the bodies of redirects to the end, and asks ~/.netrc.
+            settings["timeout"] = min(self._timeouts.connect, limit.patience())
+            try:
+                return self._adapter.send(prepared, **settings)
+            except requests.ConnectionError:
+                # A server may close a kept connection just as a request is under way on it.
+                if request.method not in _HARMLESS or not limit.reused or limit.received:
+                    raise
+            limit.fresh = True
+            return self._adapter.send(prepared, **settings)
 
     def ranged(self, task: Task, request: Request) -> Ranged | None:
         """A GET, for fill(); None if the engine cannot send it: through a proxy that does not speak HTTP."""
@@ -435,6 +411,8 @@ _REASONS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
     ((ssl.SSLError,), "TLS failed"),
     ((urllib3.exceptions.ProxyError,), "the proxy failed"),
     ((ConnectionRefusedError,), "connection refused"),
+    ((TooSlow,), "the answer is too slow"),
+    ((HeadTooLong,), "the head of the answer is too long"),
     ((TimeoutError, urllib3.exceptions.ReadTimeoutError), "no answer in time"),
     ((urllib3.exceptions.IncompleteRead,), "the answer ended early"),
     ((http.client.RemoteDisconnected,), "the connection was closed without an answer"),
