@@ -88,6 +88,14 @@ class Connection:
             elif progress:
                 progress(message.body["progress"])
 
+    def open_process(self) -> int:
+        """A pidfd of the owner; -1 if it cannot be seen from here (another PID namespace) or has ended."""
+        pid = self._channel.peer_pid()
+        try:
+            return os.pidfd_open(pid) if pid else -1
+        except ProcessLookupError:
+            return -1
+
     def fileno(self) -> int:
         """Readable once the owner has something to say, or has gone."""
         return self._channel.fileno()

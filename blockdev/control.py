@@ -154,6 +154,10 @@ class Channel:
         """For select: readable once the peer has said something or gone."""
         return self._socket.fileno()
 
+    def peer_pid(self) -> int:
+        """Of the process at the other end; 0 if it has none here."""
+        return _credentials(self._socket)[0]
+
     def hang_up(self) -> None:
         """Make a receive() in another thread return None; sending still works."""
         with contextlib.suppress(OSError):  # the peer has hung up already
@@ -227,10 +231,15 @@ def listen(path: Path) -> socket.socket:
 
 def check_peer(sock: socket.socket) -> None:
     """AccessDenied unless the other end runs with our own uid."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid, uid, _gid = struct.unpack("3i", credentials)
+    pid, uid = _credentials(sock)
     if uid != os.geteuid():
         raise AccessDenied(f"talking over the control socket failed: process {pid}: it belongs to uid {uid}")
+
+
+def _credentials(sock: socket.socket) -> tuple[int, int]:
+    """Process and uid at the other end."""
+    pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return pid, uid
 
 
 @contextlib.contextmanager

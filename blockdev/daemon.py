@@ -4,7 +4,8 @@
 The main thread waits in one selector for callers, engine events and signals, and never
 for anything else. Each caller gets a thread (session.py); what they share is in
 owner.py. SIGTERM and SIGINT drain: exports answer what they have in hand, then everything
-is closed. A stop that has not ended within STOP_LIMIT is ended by SIGALRM.
+is closed. What was written to a device is flushed first, however long its disk takes; all
+else that has not ended within STOP_LIMIT is ended by SIGALRM.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ log = logging.getLogger(__name__)
 NAME = "ociblk-owner"
 LINGER = 10.0  # seconds an owner started on demand stays after its last use: the next command starts warm
 LEAVE_LIMIT = 10.0  # seconds to wait for an owner that is leaving
-STOP_LIMIT = 9  # seconds (whole) from the request to the end; `daemon --stop` waits 10
+STOP_LIMIT = 9  # seconds (whole) for devices to end but for what was written to them
+LEAVE_ALARM = 5  # seconds (whole) for all that follows
 _DRAIN_LIMIT = 5.0  # seconds of STOP_LIMIT that requests in hand get
 _JOIN_LIMIT = 1.0  # seconds for callers' threads to see that we leave
 _SESSIONS_MAX = 256  # more wait in the listener's queue
@@ -53,7 +55,10 @@ class Daemon:
         self._wake_read, self._wake_write = socket.socketpair()
 
     def run(self, ready: Callable[[], None]) -> None:
-        """Own the root until told to stop or no longer needed. Calls ready() once callers are heard."""
+        """Own the root until told to stop or no longer needed. Calls ready() once callers are heard.
+
+        Raises, when all is done, the error that kept what was written to a device from its disk.
+        """
         self._root.prepare()
         self._root.acquire(NAME, LEAVE_LIMIT if self._linger is not None else 1.0)
         self._root.check_version()
@@ -74,10 +79,15 @@ class Daemon:
         self._root.socket.unlink(missing_ok=True)
         listener.close()
         owner.drain(_DRAIN_LIMIT)
-        self._end_sessions()
-        owner.close()
-        self._root.release()
-        log.info("owner left root=%s", self._root.path)
+        signal.alarm(0)
+        try:
+            owner.finish_writing()
+        finally:
+            signal.alarm(LEAVE_ALARM)
+            self._end_sessions()
+            owner.close()
+            self._root.release()
+            log.info("owner left root=%s", self._root.path)
 
     def stop(self) -> None:
         """Ask the main thread to drain and leave. Any thread may call it."""

@@ -6,7 +6,7 @@
 
 A device owns its stack and its transport and closes both on its way to GONE, once. The
 state moves under a lock, so a drain and an end that the kernel reports may meet: the
-second does nothing. attach() of a device that is past ATTACHING is refused.
+second waits for the first. attach() of a device that is past ATTACHING is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from enum import Enum
 from typing import Any, ClassVar, Protocol
 
 from blockdev.engine import BlobStat
-from blockdev.errors import DeviceError, EngineError
+from blockdev.errors import BlockdevError, DeviceError, EngineError
 from blockdev.image import OpenImage
 from blockdev.layer import NamedBlob
 from blockdev.stack import Stack
@@ -94,6 +94,9 @@ class Device:
         self._state = State.ATTACHING
         self._lock = threading.Lock()
         self._on_gone = on_gone
+        self._gone = threading.Event()
+        self._stack_lock = threading.Lock()  # of closing the stack, and of flushing it before
+        self._lost: BlockdevError | None = None  # why what was written last is not on its disk
 
     @property
     def state(self) -> State:
@@ -121,19 +124,50 @@ class Device:
         raise DeviceError(f"attaching failed: {self.stack.name}: it was ended meanwhile")
 
     def drain(self, timeout: float) -> None:
-        """End the device: requests in hand are answered within `timeout` seconds, or fail.
+        """End the device: requests in hand are answered within `timeout` seconds, or fail; what was
+        written is flushed, however long its disk takes.
 
-        Returns at once if it is ending already.
+        Returns once it has gone, whoever began to end it; if the flush failed, with that error.
         """
         with self._lock:
-            if self._state in (State.DRAINING, State.GONE):
-                return
-            self._state = State.DRAINING if self._state is State.LIVE else State.GONE
-        if self.transport:
-            self.transport.detach(timeout=timeout)
-        self.stack.close()
-        self._state = State.GONE
-        self._on_gone(self)
+            first = self._state in (State.ATTACHING, State.LIVE)
+            if first:
+                self._state = State.DRAINING if self._state is State.LIVE else State.GONE
+        if first:
+            self._end(timeout)
+        self._gone.wait()
+        if self._lost:
+            raise self._lost
+
+    def _end(self, timeout: float) -> None:
+        try:
+            if self.transport:
+                self.transport.detach(timeout=timeout)
+            with self._stack_lock:
+                self._close_stack()
+        finally:
+            self._state = State.GONE
+            self._on_gone(self)
+            self._gone.set()
+
+    def _close_stack(self) -> None:
+        try:
+            self.stack.close()
+        except BlockdevError as error:
+            log.error("device lost writes id=%d where=%s reason=%s", self.id, self.where, error)
+            self._lost = error
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Until it has gone; False if it has not within `timeout` seconds."""
+        return self._gone.wait(timeout)
+
+    def flush(self) -> None:
+        """What was written so far is on its disk once this returns, whether the device lives or has gone."""
+        with self._stack_lock:
+            if self._lost:
+                raise self._lost
+            if not self.stack.closed:
+                self.stack.image.flush()
 
     def describe(self) -> dict[str, Any]:
         """What `ps` shows of it, as JSON values; sizes in bytes."""

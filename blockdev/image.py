@@ -9,7 +9,6 @@ opener's: close the image first, which flushes what was written to it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -21,8 +20,6 @@ from blockdev.engine import LAYERS_MAX, Engine, Image, LayerTable, Run, RunKind
 from blockdev.errors import BlockdevError, CorruptImage, UsageError
 from blockdev.layer import Layer, NamedBlob, ask_ahead, open_layer, open_pair
 from formats.lsmt import NULL_UUID
-
-log = logging.getLogger(__name__)
 
 _OPEN_THREADS = 8  # as many as fetches at a time; a layer's opening mostly waits for one
 _SEARCH_PIECE = 1 << 20  # bytes read at a time when looking for the layer that failed
@@ -59,16 +56,25 @@ class OpenImage:
         return self.image.runs(offset, length)
 
     def close(self) -> None:
-        """Close image and layers. Idempotent."""
-        if self.image.writable and not self._closed:
-            try:
-                self.image.flush()
-            except BlockdevError as error:
-                log.error("what was not flushed is lost layer=%s reason=%s", self.layers[-1].name, error)
-        self._closed = True
-        self.image.close()
-        for layer in self.layers:
-            layer.close()
+        """Flush what was written, close image and layers. Idempotent. If the flush fails all is closed
+        nevertheless, what was not flushed is lost, and that is the error."""
+        writing, self._closed = self.image.writable and not self._closed, True
+        try:
+            if writing:
+                self.flush()
+        except BlockdevError as error:
+            raise type(error)(f"{error}: what was not flushed is lost") from error
+        finally:
+            self.image.close()
+            for layer in self.layers:
+                layer.close()
+
+    def flush(self) -> None:
+        """What was written so far outlasts a power cut once this returns."""
+        try:
+            self.image.flush()
+        except BlockdevError as error:
+            raise type(error)(f"flushing failed: {self.layers[-1].name}: {error}") from error
 
     def __enter__(self) -> Self:
         return self

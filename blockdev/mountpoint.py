@@ -10,7 +10,7 @@
 Runs with the caller's rights, in the caller's namespaces. What failed half-way is undone.
 umount and force_umount find everything in the mount table and sysfs, need no owner, and
 call nothing that waits for the server of a FUSE file (stat, open and close would): they
-return within UMOUNT_DEADLINE however dead or stopped that server is.
+return within UMOUNT_DEADLINE however dead or stopped that server is. sync() does wait.
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ class Mounted:
     directory: Path | None = None
     kind: str = ""  # of the file system
     loop: str | None = None  # the loop device; None: straight from the file
+    writable: bool = False  # the FUSE file, as the mount table has it
 
 
 def _locate(path: Path) -> Path:
@@ -270,13 +271,13 @@ def umount(path: Path) -> Mounted:
     """Unmount a directory, or a FUSE file mounted alone, that nobody uses.
 
     DeviceError at once, and nothing changed, if somebody does. Reads still in flight that
-    nobody waits for are failed after TEARDOWN_PATIENCE.
+    nobody waits for are failed after TEARDOWN_PATIENCE, if nothing can be written to it.
     """
     found, entry = _find(path)
     if found.directory is None:
         _umount_file(found.file, lazy=False)
         return found
-    _umount_directory(found.directory, found.file)
+    _umount_directory(found.directory, found.file, patience=UMOUNT_DEADLINE if found.writable else TEARDOWN_PATIENCE)
     if not _elsewhere(entry):
         # Lazily: another namespace may still have the file system, and need its file.
         _umount_file(found.file, lazy=True)
@@ -300,19 +301,31 @@ def find(path: Path) -> Mounted:
     return _find(path)[0]
 
 
+def sync(mounted: Mounted) -> None:
+    """What was written to it has reached its disk when this returns. Waits for its server, as long as that takes."""
+    fd = os.open(mounted.directory or mounted.file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if mounted.directory:
+            syscalls.sync_filesystem(fd)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def _find(path: Path) -> tuple[Mounted, MountEntry]:
     path = _locate(path)
     entry = syscalls.mounted_at(path)
     if not entry:
         raise NotFound(f"umount failed: {path}: not mounted")
     if entry.kind == FUSE_KIND:
-        return Mounted(path), entry
+        return Mounted(path, writable=not entry.read_only), entry
     loop = entry.major == syscalls.LOOP_MAJOR
     source = syscalls.loop_file(entry.minor) if loop else entry.source
     below = syscalls.mounted_at(Path(source)) if source else None
     if not source or not below or below.kind != FUSE_KIND:
         raise NotFound(f"umount failed: {path}: not a mount of ours: {entry.kind} from {entry.source}")
-    return Mounted(Path(source), path, entry.kind, f"/dev/loop{entry.minor}" if loop else None), entry
+    device = f"/dev/loop{entry.minor}" if loop else None
+    return Mounted(Path(source), path, entry.kind, device, not below.read_only), entry
 
 
 def _elsewhere(entry: MountEntry) -> bool:
@@ -336,9 +349,12 @@ def _umount_file(file: Path, *, lazy: bool) -> None:
         _umount_or_fail(file, syscalls.MNT_DETACH if lazy else 0)
 
 
-def _umount_directory(directory: Path, file: Path) -> None:
+def _umount_directory(directory: Path, file: Path, *, patience: float) -> None:
     """umount(2) in a thread: when the mount is already gone from the table it may still
-    wait for read-ahead that a dead registry or a stopped server owes, which nobody needs."""
+    wait for read-ahead that a dead registry or a stopped server owes, which nobody needs.
+
+    It is failed after `patience` seconds; of what can be written to, where it may be writes, never.
+    """
     failure: list[DeviceError] = []
 
     def call() -> None:
@@ -351,8 +367,8 @@ def _umount_directory(directory: Path, file: Path) -> None:
     deadline = time.monotonic() + UMOUNT_DEADLINE
     thread = threading.Thread(target=call, name="umount", daemon=True)
     thread.start()
-    thread.join(TEARDOWN_PATIENCE)
-    if thread.is_alive() and syscalls.mounted_at(directory) != before:
+    thread.join(patience)
+    if thread.is_alive() and patience < UMOUNT_DEADLINE and syscalls.mounted_at(directory) != before:
         log.warning("failing reads in flight directory=%s", directory)
         _abort(file)
     thread.join(max(0.0, deadline - time.monotonic()))

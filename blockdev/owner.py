@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from blockdev.catalog import Catalog, Place
 from blockdev.config import Policy
 from blockdev.device import Device, NbdTransport
 from blockdev.engine import Engine, Event, EventKind
-from blockdev.errors import DeviceError, SourceError, UsageError
+from blockdev.errors import BlockdevError, DeviceError, NotFound, SourceError, UsageError
 from blockdev.fetch.pull import Progress as PullProgress
 from blockdev.fetch.pull import Pull, Pulled
 from blockdev.fsck import Check, Finding, Fsck, Refetch, Repair, Report
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_CLOSE_LIMIT = 1.0  # seconds to close what devices hold, once they have drained
+_CLOSE_LIMIT = 1.0  # seconds to close what devices hold that nobody wrote to, once they have drained
 _JOIN_LIMIT = 2.0  # seconds for fetch threads to come back from a source
 
 
@@ -56,6 +56,7 @@ class Owner:
         self._supply = Supply(self._engine, self.cache)
         self._remotes: Remotes | None = None
         self._devices: dict[int, Device] = {}
+        self._ending: list[Device] = []  # of the main thread, once the owner stops
         self._lock = threading.Lock()  # of _devices and _remotes
         self._ids = itertools.count(1)
         self._stopping = threading.Event()
@@ -187,6 +188,14 @@ class Owner:
         with self._lock:
             return list(self._devices.values())
 
+    def device(self, id: int) -> Device:
+        """NotFound if there is none by this number."""
+        with self._lock:
+            device = self._devices.get(id)
+        if device is None:
+            raise NotFound(f"asking the owner failed: device {id}: there is none")
+        return device
+
     def describe(self) -> list[dict[str, Any]]:
         """Every device, as `ps` shows it."""
         described = [device.describe() for device in self.devices()]
@@ -215,7 +224,7 @@ class Owner:
         if event.kind is EventKind.FUSE_CLOSED:
             device = self._devices.get(event.id)
             if device:  # reads that were in flight may take their time to end
-                threading.Thread(target=device.drain, args=(0,), name=f"end-{device.id}", daemon=True).start()
+                self._begin_to_end(device, 0)
         elif event.kind is EventKind.NBD_CLOSED:
             servers = [device.transport for device in self.devices()]
             any(server.connection_closed(event.id) for server in servers if isinstance(server, NbdTransport))
@@ -247,19 +256,32 @@ class Owner:
         return bool(self._devices)
 
     def drain(self, timeout: float) -> None:
-        """End every device, side by side; requests in hand get `timeout` seconds."""
+        """End every device, side by side; requests in hand get `timeout` seconds. What was written may be
+        under way to its disk yet: finish_writing() waits for that."""
         with self._lock:
             self._stopping.set()
-        enders = [
-            threading.Thread(target=device.drain, args=(timeout,), name=f"end-{device.id}", daemon=True)
-            for device in self.devices()
-        ]
-        for ender in enders:
-            ender.start()
+        self._ending = self.devices()
+        for device in self._ending:
+            self._begin_to_end(device, timeout)
         deadline = time.monotonic() + timeout + _CLOSE_LIMIT
-        for ender in enders:
-            ender.join(max(0.0, deadline - time.monotonic()))
+        for device in self._ending:
+            device.wait(max(0.0, deadline - time.monotonic()))
         self._engine.stop()
+
+    def finish_writing(self) -> None:
+        """After drain(): wait until what was written is on its disk, however long that takes; raise the
+        first error there was."""
+        with ExitStack() as errors:
+            for device in self._ending:
+                if device.stack.writable:
+                    errors.callback(device.drain, 0)
+
+    def _begin_to_end(self, device: Device, timeout: float) -> None:
+        def end() -> None:
+            with suppress(BlockdevError):  # the device has logged it, and keeps it for whoever asks
+                device.drain(timeout)
+
+        threading.Thread(target=end, name=f"end-{device.id}", daemon=True).start()
 
     def close(self) -> None:
         """Free the engine, unless a thread is stuck in it: then this process is about to end anyway."""

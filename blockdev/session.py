@@ -22,6 +22,8 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
+from itertools import count
 
 from blockdev import control
 from blockdev.build.export import export_image
@@ -41,6 +43,9 @@ _ECHO = 40  # characters of a caller's own words in an answer
 _PROGRESS_EVERY = 0.2  # seconds
 _RANGE_MAX = 4 << 20  # bytes of one answer to "read": they are in memory twice
 _DRAIN_LIMIT = 5.0  # seconds that the requests in hand of an ended export get
+_ALIVE_EVERY = 1.0  # seconds between signs of life while a disk is waited for: callers allow four
+_PATIENCE = 6  # of these; then the caller's user is told what is waited for
+_WAITING = {"notice": "waiting for the disk that was written to"}
 
 
 class Session:
@@ -59,6 +64,7 @@ class Session:
             "hello": self._hello,
             "serve": self._serve,
             "mount": self._mount,
+            "unmount": self._unmount,
             "inspect": self._inspect,
             "verify": self._verify,
             "export": self._export,
@@ -138,7 +144,7 @@ class Session:
             ending = self._channel.receive()
         finally:
             ended = device.state is not State.LIVE
-            device.drain(_DRAIN_LIMIT)
+            self._patiently(partial(device.drain, _DRAIN_LIMIT))
         if ended:
             raise DeviceError(f"serving failed: {device.stack.name}: the owner was stopped")
         if ending is None:
@@ -162,6 +168,36 @@ class Session:
             raise
         self._device_live(device)
         return {"id": device.id}
+
+    def _unmount(self, message: Message) -> Body:
+        """The caller is about to take a mount away, and says when it has ("unmounted"). The answer comes
+        when what was written to it is on its disk."""
+        device = self._owner.device(message.member("id", int))
+        self._channel.send({"unmounting": device.id})
+        self._next("unmounted").close()
+        self._patiently(device.flush)
+        return {"id": device.id}
+
+    def _patiently(self, work: Callable[[], None]) -> None:
+        """Do what takes as long as a disk does, while the caller hears that it goes on. What is done is done
+        also if he hangs up."""
+        failure: list[BlockdevError] = []
+
+        def run() -> None:
+            try:
+                work()
+            except BlockdevError as error:
+                failure.append(error)
+
+        worker = threading.Thread(target=run, name="control-end", daemon=True)
+        worker.start()
+        for beat in count(1):
+            worker.join(_ALIVE_EVERY)
+            if not worker.is_alive():
+                break
+            self._channel.send(_WAITING if beat == _PATIENCE else {"progress": {}})
+        if failure:
+            raise failure[0]
 
     def _next(self, op: str) -> Message:
         """The caller's next request, which has to be this one."""
@@ -278,8 +314,14 @@ class Session:
         live = [device.where or device.stack.name for device in self._owner.devices()]
         if live and not message.body.get("force"):
             raise DeviceError(f"stopping the owner failed: {', '.join(live)}: in use (--force ends them)")
+        devices = [device for device in self._owner.devices() if device.stack.writable]
         self._stop()
-        return {"stopping": os.getpid()}
+        try:
+            for device in devices:
+                self._patiently(partial(device.drain, _DRAIN_LIMIT))
+        except BlockdevError as error:
+            return {"stopping": os.getpid(), "lost": control.error_body(error)}
+        return {"stopping": os.getpid(), "lost": {}}
 
 
 def _read(stack: Stack, asked: Message, window: int) -> int:

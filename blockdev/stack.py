@@ -54,6 +54,11 @@ class Stack:
         return verified
 
     @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._closed
+
+    @property
     def checked(self) -> str:
         """By what the parts of its lower layers are checked, all of them."""
         return SHA256 if all(named.checked == SHA256 for named in self._lowers) else CRC_ONLY
@@ -64,12 +69,12 @@ class Stack:
             return [] if self._closed else [named.blob.stat() for named in self.blobs]
 
     def close(self) -> None:
-        """Idempotent."""
+        """Idempotent. All is closed even if what was written cannot be flushed, which is the error then."""
         with self._lock:
-            if not self._closed:
-                self._closed = True
+            closed, self._closed = self._closed, True
+        if not closed:
+            with self._undo:
                 self.image.close()
-                self._undo.close()
 
     def __enter__(self) -> Self:
         return self

@@ -56,6 +56,7 @@ _LOOP_TRIES = 64  # a free device can be taken by somebody else between asking a
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+_libc.syncfs.argtypes = [ctypes.c_int]
 _libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
 
@@ -104,6 +105,13 @@ def keep_mounts_private() -> None:
     mount("none", Path("/"), "", flags=_MS_REC | _MS_PRIVATE, options="")
 
 
+def sync_filesystem(fd: int) -> None:
+    """syncfs(2): what was written to the file system that fd is of is on its disk."""
+    if _libc.syncfs(fd) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+
+
 def umount(target: Path, flags: int) -> None:
     """umount2(2)."""
     if _libc.umount2(os.fsencode(target), flags) != 0:
@@ -128,6 +136,7 @@ class MountEntry(NamedTuple):
     point: str
     kind: str
     source: str
+    read_only: bool  # the file system, wherever it is mounted
 
 
 def unescape(field: str) -> str:
@@ -141,10 +150,18 @@ def mounts() -> list[MountEntry]:
     table = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
     for line in table.split("\n")[:-1]:
         before, _, after = line.partition(" - ")
-        fields, (kind, source, *_) = before.split(" "), after.split(" ")
+        fields, (kind, source, options, *_) = before.split(" "), after.split(" ")
         major, _, minor = fields[2].partition(":")
         entries.append(
-            MountEntry(int(fields[0]), int(major), int(minor), unescape(fields[4]), kind, unescape(source))
+            MountEntry(
+                int(fields[0]),
+                int(major),
+                int(minor),
+                unescape(fields[4]),
+                kind,
+                unescape(source),
+                "ro" in options.split(","),
+            )
         )
     return entries
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from blockdev import client, mountpoint, syscalls
 from blockdev.cli import text
+from blockdev.cli.umount import unmount
 from blockdev.config import DEFAULT_POLICY
 from blockdev.errors import BlockdevError, from_os
 from blockdev.origin import NOTHING, Part, locate
@@ -50,4 +51,4 @@ def attached(root: Root, layers: Sequence[int], pair: tuple[Path, Path], file: P
                 with suppress(BlockdevError):  # the error that brought us here is the one to tell
                     mountpoint.force_umount(file)
                 raise
-            mountpoint.umount(file)
+            unmount(file, root, force=False)

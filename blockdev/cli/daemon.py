@@ -7,17 +7,19 @@ import argparse
 import contextlib
 import json
 import os
+import select
 import signal
 import time
 from pathlib import Path
 
 from blockdev import client, control, journal
-from blockdev.cli.umount import unmount
+from blockdev.cli import text
+from blockdev.cli.umount import NotSynced, unmount
 from blockdev.errors import BlockdevError, DeviceError, UsageError
 from blockdev.root import Root
 
-STOP_LIMIT = 10.0  # seconds from the request until the owner has gone
-_ANSWER_LIMIT = 4.0  # seconds of STOP_LIMIT after which a forced stop stops asking
+STOP_LIMIT = 10.0  # seconds until the owner has gone, not counting what it says it waits for a disk
+_ANSWER_LIMIT = 4.0  # seconds of silence after which a forced stop stops asking
 _POLL = 0.02  # seconds
 
 
@@ -64,41 +66,66 @@ def _own(root: Root, ready_fd: int | None, *, debug: bool) -> None:
 
 
 def _stop(root: Root, *, force: bool) -> None:
-    deadline = time.monotonic() + STOP_LIMIT
-    try:
-        connection = client.connect_to_live(root, _ANSWER_LIMIT if force else client.HELLO_LIMIT)
-        if connection:
-            with connection:
+    lost: list[BlockdevError] = []
+    with contextlib.ExitStack() as stack:
+        process = -1
+        try:
+            connection = client.connect_to_live(
+                root, _ANSWER_LIMIT if force else client.HELLO_LIMIT, notice=text.print_notice
+            )
+            if connection:
+                stack.enter_context(connection)
+                process = connection.open_process()
+                if process >= 0:
+                    stack.callback(os.close, process)
                 if force:
-                    _unmount_all(connection)
-                connection.call("stop", {"force": force}, timeout=_ANSWER_LIMIT)
-    except client.OwnerSilent:
-        if not force:
-            raise
-    killed = False
-    while root.owned():
-        left = deadline - time.monotonic()
-        if left < 0:
-            raise DeviceError(f"stopping the owner failed: {root.path}: {root.holder()} is still there")
-        if force and not killed and left < STOP_LIMIT - _ANSWER_LIMIT:
-            killed = _kill(root)
+                    lost += _unmount_all(connection, root)
+                answer = connection.call("stop", {"force": force}, timeout=_ANSWER_LIMIT)
+                stack.callback(control.raise_error, answer.get("lost", {}))
+        except client.OwnerSilent:
+            if not force:
+                raise
+            _kill(root)
+        _await_end(root, process)
+    if lost:
+        raise lost[0]
+
+
+def _await_end(root: Root, process: int) -> None:
+    """Until nobody owns the root, and the process (a pidfd, or -1) has ended: what it had open is free then."""
+    deadline = time.monotonic() + STOP_LIMIT
+    gone = select.poll()
+    if process >= 0:
+        gone.register(process, select.POLLIN)
+    while root.owned() or (process >= 0 and not gone.poll(0)):
+        if time.monotonic() > deadline:
+            raise DeviceError(f"stopping the owner failed: {root.path}: {root.holder() or 'it'} is still there")
         time.sleep(_POLL)
 
 
-def _unmount_all(connection: client.Connection) -> None:
-    """Take the owner's mounts away with it: without their server they would answer nothing but errors."""
+def _unmount_all(connection: client.Connection, root: Root) -> list[BlockdevError]:
+    """Take the owner's mounts away with it: without their server they would answer nothing but errors.
+
+    What was written is synced before; the errors are of what could not be.
+    """
+    lost: list[BlockdevError] = []
     for device in connection.call("ps", timeout=_ANSWER_LIMIT)["devices"]:
         if device["front_end"] == "fuse" and device["where"]:
             where = Path(device["where"])
-            if device["writable"]:  # in order, so that all that was written gets there
-                with contextlib.suppress(BlockdevError):
-                    unmount(where, force=False)
+            if device["writable"]:
+                try:
+                    unmount(where, root, force=False)
                     continue
+                except NotSynced as error:
+                    lost.append(error)
+                except BlockdevError:  # synced, and in use
+                    pass
             with contextlib.suppress(BlockdevError):  # mounted in another namespace, or gone by now
-                unmount(where, force=True)
+                unmount(where, root, force=True)
+    return lost
 
 
-def _kill(root: Root) -> bool:
+def _kill(root: Root) -> None:
     """Kill the holder of the lock. A pidfd, so that it cannot be somebody else by then."""
     holder = root.holder() or ""
     pid = holder.rpartition(" ")[2]
@@ -108,4 +135,3 @@ def _kill(root: Root) -> bool:
             if root.holder() == holder and root.owned():
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             os.close(pidfd)
-    return True

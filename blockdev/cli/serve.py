@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
             else:
                 print(uri, flush=True)
             if signals.wait(owner):
-                owner.call("end", timeout=_DRAIN_LIMIT)
+                owner.call("end", timeout=_DRAIN_LIMIT)  # of silence: flushing takes what it takes, and says so
             else:
                 owner.answer("serve")  # raises: says why it ended, or that it is gone
 

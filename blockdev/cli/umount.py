@@ -1,15 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ociblk umount: take a mount of ours away. Needs no owner, and waits for none."""
+"""ociblk umount: take a mount of ours away.
+
+Of a read-only one it needs no owner, and waits for none. What was written to a writable one
+is on its disk before it is taken away; if it cannot get there, the mount stays.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
-from blockdev import mountpoint
+from blockdev import client, mountpoint
 from blockdev.cli import text
-from blockdev.root import is_mount_file
+from blockdev.errors import BlockdevError, DeviceError, EngineError, NotFound
+from blockdev.mountpoint import Mounted
+from blockdev.root import Root, is_mount_file
+
+
+class NotSynced(EngineError):
+    """What was written is not on its disk."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,14 +31,81 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    unmount(args.target, force=args.force)
+    unmount(args.target, Root(args.root), force=args.force)
     if args.json:
         text.print_json({"target": str(args.target.absolute())})
 
 
-def unmount(target: Path, *, force: bool) -> None:
-    """Unmount, and remove the file that a mounted file system has below it."""
-    unmounted = mountpoint.force_umount(target) if force else mountpoint.umount(target)
-    if is_mount_file(unmounted.file):
+def unmount(target: Path, root: Root, *, force: bool) -> None:
+    """Unmount, and remove the file that a mounted file system has below it.
+
+    root: whose owner serves a file of mount --raw; the file of a file system is in its root.
+    """
+    found = mountpoint.find(target)
+    if is_mount_file(found.file):
+        root = Root(found.file.parent.parent)
+    if force:
+        mountpoint.force_umount(target)
+    elif found.writable:
+        with _written(found, root):
+            mountpoint.umount(target)
+    else:
+        mountpoint.umount(target)
+    if is_mount_file(found.file):
         with contextlib.suppress(OSError):  # empty, and in nobody's way
-            unmounted.file.unlink()
+            found.file.unlink()
+
+
+@contextlib.contextmanager
+def _written(found: Mounted, root: Root) -> Iterator[None]:
+    """What is written before the block, and by the unmounting in it, is on its disk afterwards."""
+    _sync(found, root)
+    owner = client.connect_to_live(root, notice=text.print_notice)
+    if owner is None:  # that of another root, given no --root: it has what was synced
+        yield
+        return
+    with owner:
+        id = _device_of(owner, found)
+        if id is not None:
+            owner.call("unmount", {"id": id}, timeout=client.HELLO_LIMIT)
+        yield
+        if id is not None:
+            owner.call("unmounted", timeout=client.HELLO_LIMIT)
+
+
+def _device_of(owner: client.Connection, found: Mounted) -> int | None:
+    for device in owner.call("ps", timeout=client.HELLO_LIMIT)["devices"]:
+        if device["front_end"] == "fuse" and device["where"]:
+            with contextlib.suppress(NotFound):
+                if mountpoint.find(Path(device["where"])).file == found.file:
+                    return int(device["id"])
+    return None
+
+
+def _sync(found: Mounted, root: Root) -> None:
+    """In a thread: an owner that is stopped would be waited for for ever."""
+    point = found.directory or found.file
+    failure: list[OSError] = []
+
+    def sync() -> None:
+        try:
+            mountpoint.sync(found)
+        except OSError as error:
+            failure.append(error)
+
+    syncing = threading.Thread(target=sync, name="sync", daemon=True)
+    syncing.start()
+    syncing.join(mountpoint.UMOUNT_DEADLINE)
+    while syncing.is_alive():
+        try:
+            owner = client.connect_to_live(root)
+            if owner is None:
+                raise DeviceError(f"no owner of {root.path} answers")
+        except BlockdevError as error:
+            raise NotSynced(f"umount failed: {point}: syncing what was written: {error}") from None
+        owner.close()
+        text.print_notice(f"{point}: waiting for the disk that was written to")
+        syncing.join(mountpoint.UMOUNT_DEADLINE)
+    if failure:
+        why = os.strerror(failure[0].errno or 0)
+        raise NotSynced(f"umount failed: {point}: syncing what was written: {why} (--force gives it up)")

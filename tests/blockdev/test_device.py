@@ -81,6 +81,36 @@ def test_draining_again_does_nothing(stack: Stack) -> None:
     assert gone == [device]
 
 
+def test_a_drain_that_meets_another_waits_for_it(stack: Stack) -> None:
+    events: list[str] = []
+    first_drains, go_on = threading.Event(), threading.Event()
+
+    class Slow(Refusing):
+        def attach(self, image: OpenImage) -> None:
+            pass
+
+        def detach(self, *, timeout: float) -> None:
+            first_drains.set()
+            go_on.wait()
+
+    device = Device(1, stack, lambda _: events.append("gone"))
+    device.attach(Slow())
+
+    def second() -> None:
+        device.drain(0)
+        events.append("drained")
+
+    drains = [threading.Thread(target=device.drain, args=(0,)), threading.Thread(target=second)]
+    drains[0].start()
+    first_drains.wait()
+    drains[1].start()
+    drains[1].join(0.2)
+    go_on.set()
+    for drain in drains:
+        drain.join()
+    assert events == ["gone", "drained"]
+
+
 def test_a_device_that_never_attached_is_just_closed(stack: Stack) -> None:
     gone: list[Device] = []
     device = Device(1, stack, gone.append)
