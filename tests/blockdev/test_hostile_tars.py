@@ -151,6 +151,25 @@ def test_many_whiteouts_of_one_directory_are_no_more_work_than_one() -> None:
     assert len(names(tree)) == 1 + 1000
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        lambda number: hardlink(b"%d" % number, b"d/38/x"),
+        lambda number: file(b"d/38/%d/x" % number),
+        lambda number: file(b"d/38/.wh.%d" % number),
+    ],
+)
+def test_ways_through_long_links_are_bounded_by_the_layer(entry: Callable[[int], bytes]) -> None:
+    """Each name asks for 150 KB of links to be followed, in a hundred bytes of a compressed layer."""
+    target = b"../d/" * 800
+    links = b"".join(pax({b"linkpath": target + b"%d" % (i - 1)}) + symlink(b"d/%d" % i, b"") for i in range(1, 39))
+    tar = file(b"d/0/x", b"x") + links
+    few = b"".join(entry(number) for number in range(10))
+    assert len(names(merged(tar + few))) >= 2 + 38
+    with pytest.raises(CorruptImage, match="more and longer symbolic links on the ways than files"):
+        merged(tar + b"".join(entry(number) for number in range(100)))
+
+
 def test_a_tree_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A path of 4 KiB makes two thousand directories, and compresses to nothing."""
     monkeypatch.setattr(tree_module, "_MEMORY_MAX", 1 << 20)
