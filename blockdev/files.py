@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from blockdev.errors import CorruptImage, NotFound, UsageError
 from formats.erofs_disk import COMPRESSED, Inode
 from formats.erofs_reader import TREE_ENTRIES_MAX, FileSystem
-from formats.errors import FormatError
+from formats.errors import FormatError, Unsupported
 from formats.readat import ReadAt
 from formats.superblock import HEAD_SIZE, file_system
 from formats.tree import Xattrs
@@ -104,6 +104,8 @@ class Files:
     def _reading(self, path: bytes = b"") -> Iterator[None]:
         try:
             yield
+        except Unsupported as error:
+            raise UsageError(f"reading EROFS failed: {self._image}: {_shown(path)}: {error}") from error
         except FormatError as error:
             raise self._corrupt(path, str(error)) from error
 

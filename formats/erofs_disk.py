@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from formats.crc32c import crc32c
-from formats.errors import FormatError
+from formats.errors import FormatError, Unsupported
 from formats.tree import BLOCK_SIZE, Node, Xattrs
 
 MAGIC = 0xE0F5E1E2
@@ -125,7 +125,7 @@ class Superblock:
         if bits not in _BLOCK_BITS:
             raise FormatError(f"blocks of 2^{bits} bytes", SUPERBLOCK_OFFSET + 12)
         if incompat & ~_KNOWN_INCOMPAT:
-            raise FormatError(f"EROFS features {incompat:#x}: at most {_KNOWN_INCOMPAT:#x} known", 1104)
+            raise Unsupported(f"EROFS features {incompat:#x}: at most {_KNOWN_INCOMPAT:#x} known", 1104)
         addresses = (root_nid, inodes, blocks, meta_block, xattr_block)
         return cls(*addresses, uuid, bits, compat, incompat, epoch, epoch_ns)
 

@@ -40,7 +40,7 @@ from formats.erofs_disk import (
     xattr_lengths,
     xattr_name,
 )
-from formats.errors import FormatError
+from formats.errors import FormatError, Unsupported
 from formats.readat import ReadAt, check_range
 from formats.tree import BLOCK_SIZE, Node, Xattrs
 
@@ -149,9 +149,9 @@ class FileSystem:
         return -(-directory.size // self._block_size)
 
     def _parse_directory_block(self, directory: Inode, place: int) -> list[Entry]:
-        start = place * self._block_size
+        block = self.read(directory, place * self._block_size, self._block_size)
         try:
-            return parse_directory_block(self.read(directory, start, self._block_size))
+            return parse_directory_block(block)
         except FormatError as error:
             raise FormatError(f"directory {directory.nid}: {error.what}", directory.position) from error
 
@@ -190,7 +190,7 @@ class FileSystem:
         if inode.layout == CHUNKS:
             return self._chunk(inode, offset)
         if inode.layout in COMPRESSED:
-            raise FormatError(f"inode {inode.nid}: its content is compressed", inode.position)
+            raise Unsupported(f"inode {inode.nid}: its content is compressed by EROFS", inode.position)
         blocks = -(-inode.size // size) - (inode.layout == FLAT_INLINE)
         if offset < blocks * size:
             return inode.word * size + offset, blocks * size - offset
@@ -208,7 +208,7 @@ class FileSystem:
         number, within = divmod(offset, chunk_size)
         index = self._bytes(first + number * unit, unit)
         if unit == 8 and any(index[:4]):
-            raise FormatError(f"inode {inode.nid}: a chunk on another device", inode.position)
+            raise Unsupported(f"inode {inode.nid}: a chunk on another device", inode.position)
         block = int.from_bytes(index[-4:], "little")
         return None if block == NO_BLOCK else block * self._block_size + within, chunk_size - within
 

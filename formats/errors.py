@@ -15,3 +15,7 @@ class FormatError(Exception):
         super().__init__(what if offset is None else f"{what} (at byte {offset})")
         self.what = what
         self.offset = offset
+
+
+class Unsupported(FormatError):
+    """The format is kept, by a part of it that is not read here."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from blockdev.errors import CorruptImage, UsageError
 from formats.erofs_reader import FileSystem
-from formats.errors import FormatError
+from formats.errors import FormatError, Unsupported
 from formats.readat import ReadAt
 from formats.superblock import HEAD_SIZE, file_system
 from formats.tree import BLOCK_SIZE, Node
@@ -21,7 +21,7 @@ class Unmounted:
     """One side of a comparison (compare.Side)."""
 
     def __init__(self, name: str, disk: ReadAt) -> None:
-        """Read all names and attributes. CorruptImage; UsageError if the disk holds something else than EROFS."""
+        """Read all names and attributes. CorruptImage; UsageError if it is no EROFS, or what is not read here."""
         self.name = name
         self._disk = disk
         found = file_system(disk.read_at(0, min(HEAD_SIZE, disk.size)))
@@ -54,5 +54,7 @@ class Unmounted:
     def _named(self) -> Iterator[None]:
         try:
             yield
+        except Unsupported as error:
+            raise UsageError(f"reading EROFS failed: {self.name}: {error}; mount it, give DIR") from error
         except FormatError as error:
             raise CorruptImage(f"reading EROFS failed: {self.name}: {error}") from error

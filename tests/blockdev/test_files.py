@@ -83,6 +83,15 @@ def test_a_broken_superblock_is_corrupt() -> None:
         Files(BytesAt(bytes(1024) + b"\xe2\xe1\xf5\xe0" + bytes(4096)), "an-image")
 
 
+def test_a_feature_that_is_not_known_is_not_said_to_be_damage(tmp_path: Path) -> None:
+    disk = Disk(tmp_path / "disk")
+    disk.finish(directory({}))
+    content = bytearray(disk.path.read_bytes())
+    content[1024 + 80] = 0x40
+    with pytest.raises(UsageError, match="an-image: /: EROFS features 0x40"):
+        Files(BytesAt(bytes(content)), "an-image")
+
+
 def test_directories_that_lead_into_each_other_end(tmp_path: Path) -> None:
     """An entry of /a/b is made to lead to the root again."""
     disk = Disk(tmp_path / "disk")

@@ -34,10 +34,10 @@ def folder(tmp_path: Path) -> Path:
     return top
 
 
-def disk_of(folder: Path) -> bytes:
+def disk_of(folder: Path, *options: str) -> bytes:
     requires.requires_command("mkfs.erofs")
     disk = folder.with_name("disk")
-    subprocess.run(["mkfs.erofs", "--quiet", "-x0", "-Eforce-inode-extended", disk, folder], check=True)
+    subprocess.run(["mkfs.erofs", "--quiet", "-x0", "-Eforce-inode-extended", *options, disk, folder], check=True)
     return disk.read_bytes()
 
 
@@ -61,6 +61,13 @@ def test_another_file_system_is_refused_by_name() -> None:
     for disk, what in ((ext4, "ext4"), (bytes(4096), "no file system"), (b"", "no file system")):
         with pytest.raises(UsageError, match=f"some disk: it holds {what}"):
             Unmounted("some disk", BytesAt(disk))
+
+
+def test_what_erofs_compresses_is_not_said_to_be_damaged(folder: Path) -> None:
+    (folder / "text").write_bytes(b"again and again\n" * 10_000)
+    disk = disk_of(folder, "-zlz4hc")
+    with pytest.raises(UsageError, match=r"some disk: inode [0-9]+: its content is compressed by EROFS"):
+        compare(Folder(str(folder)), Unmounted("some disk", BytesAt(disk)))
 
 
 def test_a_damaged_disk_is_named(folder: Path) -> None:
