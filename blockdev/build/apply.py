@@ -9,18 +9,25 @@ Only root can do this, and the mount must be nobody else's.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from blockdev.errors import UsageError, from_os
+from blockdev.errors import from_os
 from blockdev.ranges import write_at
+from formats.errors import FormatError
 from formats.ext4 import TIME_MAX, TIME_MIN
 from formats.tree import Node, Xattrs
 
 _DOING = "applying a layer failed"
 _SECOND = 10**9
+
+# What an archive may ask for, and ext4 has no way to do: too many links or bytes of a path.
+_TOO_MUCH = {errno.EMLINK, errno.ENAMETOOLONG, errno.EFBIG}
+# Too many bytes, a file of a kind that has none such, an ACL that is none.
+_IMPOSSIBLE_XATTR = {errno.ENOSPC, errno.E2BIG, errno.ERANGE, errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL}
 
 _Attributes = tuple[int, int, int, int, Xattrs]
 Content = Iterator[tuple[int, bytes | memoryview]]
@@ -34,11 +41,14 @@ class Applied:
         self._attributes: dict[Node, _Attributes] = {}
 
     def apply(self, root: Node, staged: Staged) -> None:
-        """Bring the mount from what it holds to `root`."""
+        """Bring the mount from what it holds to `root`. FormatError for what the file system cannot hold."""
         try:
             _Change(self._children, self._attributes, root, staged).run()
         except OSError as error:
-            raise from_os(_DOING, error, _shown(error.filename)) from error
+            place = os.fsencode(error.filename2 or error.filename or b"").removeprefix(staged.mount)
+            if error.errno in _TOO_MUCH:
+                raise FormatError(f"{_shown(place)}: ext4 has no room for it: {error.strerror}") from error
+            raise from_os(_DOING, error, _shown(place)) from error
         self.follow(root)
 
     def follow(self, root: Node) -> None:
@@ -95,7 +105,7 @@ class Staged:
             finally:
                 os.close(fd)
         except OSError as error:
-            raise from_os(_DOING, error, _shown(place)) from error
+            raise from_os(_DOING, error, _shown(place.removeprefix(self.mount))) from error
         return self._count
 
     def place(self, number: int) -> bytes:
@@ -195,17 +205,31 @@ class _Change:
         """Attributes, in an order in which none undoes another."""
         seconds = node.mtime_ns // _SECOND
         if not TIME_MIN <= seconds <= TIME_MAX:
-            raise UsageError(f"{_DOING}: {_shown(path)}: ext4 has no room for the time {seconds}")
+            raise FormatError(f"{self._inside(path)}: ext4 has no room for the time {seconds}")
         os.chown(path, node.uid, node.gid, follow_symlinks=False)
         # Those of a new one, too: it may have inherited an access list.
         for present in os.listxattr(path, follow_symlinks=False):
             if os.fsencode(present) not in dict(node.xattrs):
                 os.removexattr(path, present, follow_symlinks=False)
         for name, value in node.xattrs:
-            os.setxattr(path, name, value, follow_symlinks=False)
+            self._set_xattr(path, name, value)
         if not stat.S_ISLNK(node.mode):
             os.chmod(path, stat.S_IMODE(node.mode))
         os.utime(path, ns=(node.mtime_ns, node.mtime_ns), follow_symlinks=False)
+
+
+    def _set_xattr(self, path: bytes, name: bytes, value: bytes) -> None:
+        try:
+            os.setxattr(path, name, value, follow_symlinks=False)
+        except OSError as error:
+            full = error.errno == errno.ENOSPC and not os.statvfs(self._mount).f_bavail
+            if full or error.errno not in _IMPOSSIBLE_XATTR:
+                raise
+            what = f"extended attribute {_shown(name)} of {len(value)} bytes"
+            raise FormatError(f"{self._inside(path)}: {what}: ext4 cannot hold it: {error.strerror}") from error
+
+    def _inside(self, path: bytes) -> str:
+        return _shown(path.removeprefix(self._mount) or b"/")
 
 
 def _walk(root: Node) -> Iterator[tuple[bytes, Node]]:
@@ -222,5 +246,5 @@ def _attributes(node: Node) -> _Attributes:
     return node.mode, node.uid, node.gid, node.mtime_ns, node.xattrs
 
 
-def _shown(path: str | bytes | None) -> str:
-    return repr(os.fsdecode(path or ""))
+def _shown(path: bytes) -> str:
+    return repr(os.fsdecode(path))

@@ -20,9 +20,10 @@ from blockdev.build.layout import Layout
 from blockdev.build.plain import plain
 from blockdev.build.tree import Tree
 from blockdev.build.unpacked import Unpacked
-from blockdev.errors import BlockdevError, UsageError
+from blockdev.errors import BlockdevError
 from formats import oci
 from formats.archive import Archive
+from formats.errors import FormatError
 from formats.ext4 import TIME_MAX
 from tests import images, requires
 
@@ -185,5 +186,5 @@ def test_a_time_that_ext4_cannot_hold_is_refused(top: Path) -> None:
     tree = Tree()
     staged = Staged(top, tree.root)
     tree.root.mtime_ns = (TIME_MAX + 1) * 10**9
-    with pytest.raises(UsageError, match=f"ext4 has no room for the time {TIME_MAX + 1}"):
+    with pytest.raises(FormatError, match=f"'/': ext4 has no room for the time {TIME_MAX + 1}"):
         Applied().apply(tree.root, staged)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import Any
 import pytest
 
 from blockdev.root import Root
-from tests import images, leaks, requires
-from tests.commands import until
+from tests import images, leaks, ordinary, requires
+from tests.commands import Run, until
 
 LIMIT = float(requires.scaled(120, 3600))  # seconds for one command
 SHAPES = ("shell", "large") if requires.FULL else ("shell",)
@@ -102,6 +103,31 @@ def test_layers_over_an_ext4_that_was_made_anew_are_made_anew(does: Does, root: 
     record.write_text(json.dumps(content))
     again = convert(does, source, tmp_path / "second")
     assert [layer["reused"] for layer in again] == [True, True, False, False]
+
+
+_UNFIT = {
+    "a value beyond a block": ({"SCHILY.xattr.user.x": "x" * 60_000}, "'user.x' of 60000 bytes", tarfile.REGTYPE),
+    "an attribute of a link": ({"SCHILY.xattr.user.x": "x"}, "'user.x' of 1 bytes", tarfile.SYMTYPE),
+    "a time too far": ({"mtime": "20000000000"}, "no room for the time 20000000000", tarfile.REGTYPE),
+}
+
+
+@pytest.mark.parametrize("unfit", _UNFIT)
+def test_what_ext4_cannot_hold_is_named_as_the_image_has_it(
+    run: Run, root: Root, tmp_path: Path, unfit: str
+) -> None:
+    requires.requires_mount()
+    requires.requires_command("mkfs.ext4")
+    headers, why, kind = _UNFIT[unfit]
+    source = ordinary.make(
+        tmp_path / "source",
+        lambda tar: ordinary.add(tar, "etc/it", type=kind, linkname="there", pax_headers=headers),
+    )
+    done = run("convert", f"oci:{source}", f"oci:{tmp_path}/target", "--fs", "ext4")
+    assert (done.returncode, done.stderr.count("\n")) == (5, 1)
+    assert f"{ordinary.digests(source)[0]}: '/etc/it': " in done.stderr
+    assert why in done.stderr
+    assert str(root.path) not in done.stderr
 
 
 def test_only_root_can_convert_to_ext4(ociblk: str, tmp_path: Path) -> None:
