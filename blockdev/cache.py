@@ -12,17 +12,17 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from blockdev import entryfiles, staging
 from blockdev.config import Policy
-from blockdev.engine import Engine
-from blockdev.entryfiles import EntryFiles, Found
+from blockdev.engine import Blob, Engine
+from blockdev.entryfiles import EntryFiles, Found, OfAnother
 from blockdev.errors import CorruptImage, DeviceError, EngineError, from_os
-from blockdev.openentry import DROP_ROUNDS, OpenEntry
+from blockdev.openentry import DROP_ROUNDS, OpenEntry, User, Word
 from blockdev.scan import is_bad
 from blockdev.units import UNIT_EXTENTS, Units
 from formats import presence
@@ -32,11 +32,13 @@ log = logging.getLogger(__name__)
 
 
 class Entry:
-    """One use of a cached blob. `id` names the blob in fetches and events."""
+    """One use of a cached blob. `id` names the blob in fetches and events; `word`: on which its parts are taken."""
 
-    def __init__(self, cache: Cache, shared: OpenEntry) -> None:
+    def __init__(self, cache: Cache, shared: OpenEntry, user: User) -> None:
         self._cache = cache
         self._shared: OpenEntry | None = shared
+        self._user = user
+        self.word = user.word or Word()
         self.digest = shared.files.head.blob_digest
         self.id = shared.id
         self.blob = shared.blob
@@ -67,6 +69,22 @@ class Entry:
         thread is at it, its finding is taken.
         """
         self._state.check(reach, fetching=True)
+        self._cache.settle(self._state)
+
+    @property
+    def repository(self) -> str:
+        """Key of the one that what is not verified came from; "" if that is not known."""
+        return self._state.files.head.repository
+
+    @property
+    def words(self) -> list[Word]:
+        """On which its users take its parts. Where there are several, parts come through their sources only."""
+        return self._state.words
+
+    @property
+    def claim(self) -> Callable[[Sequence[Word]], None]:
+        """To be called with the words on which parts come from now on, and which say the same of them."""
+        return self._state.claim
 
     @property
     def units(self) -> Units | None:
@@ -82,7 +100,10 @@ class Entry:
 
     def verify_here(self) -> bool:
         """As verify(), but only if all of the blob is here now: False if not."""
-        return self._state.check(None, fetching=False)
+        done = self._state.check(None, fetching=False)
+        if done:
+            self._cache.settle(self._state)
+        return done
 
     def drop_rotten(self, offset: int, length: int) -> None:
         """Take an extent away if it is not what its checksum says, whoever reads it meanwhile."""
@@ -95,7 +116,7 @@ class Entry:
     def close(self) -> bool:
         """Give it back; True if nobody else uses the blob, which is then closed. Idempotent."""
         shared, self._shared = self._shared, None
-        return shared is not None and self._cache._leave(shared)
+        return shared is not None and self._cache._leave(shared, self._user)
 
     @property
     def _state(self) -> OpenEntry:
@@ -131,53 +152,54 @@ class Cache:
     def __init__(self, blobs: Path, engine: Engine) -> None:
         self._blobs = blobs
         self._engine = engine
-        self._open: dict[str, OpenEntry] = {}
+        self._open: dict[str, OpenEntry] = {}  # those whose files have names
+        self._apart: list[OpenEntry] = []  # those that live only as long as they are open
         self._last_id = 0
         self._lock = threading.Lock()
 
-    def open(self, digest: str, size: int, policy: Policy, place: Place | None = None) -> Entry:
-        """Use a blob, making its entry if there is none. Of several users, the last one's policy rules.
+    def open(self, digest: str, size: int, policy: Policy, place: Place | None = None, repository: str = "") -> Entry:
+        """Use a blob, making its entry if there is none. Of several users, the most patient one's policy rules.
 
-        place: of its digest table; then trust() comes before anything else. CorruptImage if the blob is
-        known to have another size or table; DeviceError if a later version of this program wrote the entry,
-        or if the blob is in use without its table; AccessDenied or EngineError if it cannot be written.
+        place: of its digest table; then trust() comes before anything else. repository: the key of the image's
+        own. Parts that no digest has confirmed are shared by those of one repository only, and by those of one
+        table. If the entry is in use by others, this use has one of its own, which ends with its last user.
+
+        CorruptImage if the blob is known to have another size; DeviceError if a later version of this
+        program wrote the entry; AccessDenied or EngineError if it cannot be written.
         """
-        entry = self._use(digest, size, policy, place)
-        entry.blob.set_policy(policy)
-        return entry
+        wanted = entryfiles.wanted(digest, size, place.digest if place else "", repository)
+        with self._lock:
+            shared = self._suiting(wanted, place) or self._make(wanted, place)
+            return self._join(shared, User(shared.word(place, repository), policy))
 
     def use(self, digest: str, size: int) -> Entry:
-        """As open(), beside other users: their policy stays."""
-        return self._use(digest, size, Policy("eio"), None)
-
-    def _use(self, digest: str, size: int, first_policy: Policy, place: Place | None) -> Entry:
-        wanted = entryfiles.wanted(digest, size, place.digest if place else "")
+        """The entry as it is, beside other users: their policy stays. Who stores something in it answers for it."""
         with self._lock:
             shared = self._open.get(digest)
             if shared:
-                shared.in_place(size, place)
-                shared.users += 1
+                entryfiles.check_size(shared.files.head, size)
             else:
-                shared = self._open[digest] = self._open_files(wanted, first_policy, place)
-            return Entry(self, shared)
+                repository = entryfiles.repository_of(self._blobs, digest)
+                shared = self._make(entryfiles.wanted(digest, size, repository=repository), None)
+            return self._join(shared, User())
 
-    def in_use(self, digest: str) -> Entry | None:
-        """Another use of a blob that is open."""
+    def in_use(self, blob: Blob) -> Entry | None:
+        """Another use of an open blob, if it is one of the cache."""
         with self._lock:
-            shared = self._open.get(digest)
-            if shared is None:
-                return None
-            shared.users += 1
-            return Entry(self, shared)
+            return self._find(lambda shared: shared.blob is blob)
 
     def by_id(self, id: int) -> Entry | None:
         """Another use of the open blob that fetches and events call `id`."""
         with self._lock:
-            for shared in self._open.values():
-                if shared.id == id:
-                    shared.users += 1
-                    return Entry(self, shared)
-        return None
+            return self._find(lambda shared: shared.id == id)
+
+    def _find(self, wanted: Callable[[OpenEntry], bool]) -> Entry | None:
+        found = next(filter(wanted, [*self._open.values(), *self._apart]), None)
+        return self._join(found, User()) if found else None
+
+    def _join(self, shared: OpenEntry, user: User) -> Entry:
+        shared.join(user)
+        return Entry(self, shared, user)
 
     def adopt(self, fd: int, digest: str = "") -> str:
         """Take a local file in as a whole blob, verified; its digest ("": to be found out).
@@ -200,8 +222,32 @@ class Cache:
                 if digest not in self._open:
                     copy.put()
                     return digest
+        elif found.size != size:
+            with staging.Copy(self._blobs, fd, digest) as copy, self._lock:
+                self._part(digest)
+                copy.put()
+                return digest
         self._store(fd, digest, size)
         return digest
+
+    def settle(self, shared: OpenEntry) -> None:
+        """An entry apart that has been verified is what is kept from now on, whatever has the blob's names."""
+        with self._lock:
+            if not (shared.nameless and shared.verified):
+                return
+            digest = shared.files.head.blob_digest
+            if not self._stat(digest).verified:
+                self._part(digest)
+                shared.files.put()
+                self._apart.remove(shared)
+                self._open[digest] = shared
+            shared.nameless = False
+
+    def _part(self, digest: str) -> None:
+        """Whoever has the files with the blob's names open keeps them, and another gets the names."""
+        shared = self._open.pop(digest, None)
+        if shared:
+            self._apart.append(shared)
 
     def _store(self, fd: int, digest: str, size: int) -> None:
         """Give a blob in use what it lacks."""
@@ -210,15 +256,21 @@ class Cache:
             raise CorruptImage(f"adopt blob: {digest}: offset 0: the file's digest is {found}")
         entry = self.use(digest, size)
         try:
-            for offset in range(0, size, staging.PIECE):
-                entry.blob.store(offset, os.pread(fd, staging.PIECE, offset))
-            if not entry.complete:
-                raise EngineError(f"adopt blob: {digest}: not all of it could be written")
-            entry.verify()
+            try:
+                self._fill(entry, fd)
+            except CorruptImage:  # by what was there before, and is gone now
+                self._fill(entry, fd)
         except OSError as error:
             raise from_os("adopt blob", error, digest) from error
         finally:
             entry.close()
+
+    def _fill(self, entry: Entry, fd: int) -> None:
+        for offset in range(0, entry.blob.size, staging.PIECE):
+            entry.blob.store(offset, os.pread(fd, staging.PIECE, offset))
+        if not entry.complete:
+            raise EngineError(f"adopt blob: {entry.digest}: not all of it could be written")
+        entry.verify()
 
     def stat(self) -> list[EntryStat]:
         """Every entry, by digest."""
@@ -260,20 +312,19 @@ class Cache:
             except OSError as error:
                 raise from_os("remove cache entry", error) from error
 
-    def size_of(self, digest: str) -> int | None:
-        """Bytes of a blob that has a usable entry."""
+    def size_of(self, digest: str, repository: str) -> int | None:
+        """Bytes of a blob that has a usable entry, if that is known, or this repository has said so."""
         found = self.look(digest)
-        return None if found.flaw else found.size
+        return None if found.flaw or not (found.verified or found.repository == repository) else found.size
 
     def digests(self) -> list[str]:
         """Every entry."""
         return entryfiles.digests(self._blobs)
 
-    def verified(self, digest: str) -> bool:
-        """Whether a blob that is in use is known to be whole and right."""
+    def verified(self, blob: Blob) -> bool:
+        """Whether an open blob of the cache is known to be whole and right."""
         with self._lock:
-            shared = self._open.get(digest)
-            return shared is not None and shared.verified
+            return any(one.verified for one in [*self._open.values(), *self._apart] if one.blob is blob)
 
     def _stat(self, digest: str) -> EntryStat:
         found = entryfiles.look(self._blobs, digest)
@@ -285,9 +336,36 @@ class Cache:
 
     # ---- open entries ----
 
-    def _open_files(self, wanted: presence.Head, policy: Policy, place: Place | None) -> OpenEntry:
+    def _suiting(self, wanted: presence.Head, place: Place | None) -> OpenEntry | None:
+        """An open entry that one more may use; none if nobody has the blob's names, and they are to be had."""
+        named = self._open.get(wanted.blob_digest)
+        return self._fitting([named, *self._apart], wanted, place) if named else None
+
+    def _fitting(
+        self, among: Iterable[OpenEntry | None], wanted: presence.Head, place: Place | None
+    ) -> OpenEntry | None:
+        same = (one for one in among if one and one.files.head.blob_digest == wanted.blob_digest)
+        return next((one for one in same if one.suits(wanted.size, place, wanted.repository)), None)
+
+    def _make(self, wanted: presence.Head, place: Place | None) -> OpenEntry:
+        if wanted.blob_digest not in self._open:
+            try:
+                shared = self._open_files(EntryFiles.open(self._blobs, wanted), wanted, place, nameless=False)
+                self._open[wanted.blob_digest] = shared
+                return shared
+            except OfAnother as error:
+                log.warning("blob kept apart digest=%s: %s", wanted.blob_digest, error)
+            fitting = self._fitting(self._apart, wanted, place)
+            if fitting:
+                return fitting
+        shared = self._open_files(EntryFiles.open_nameless(self._blobs, wanted), wanted, place, nameless=True)
+        self._apart.append(shared)
+        return shared
+
+    def _open_files(
+        self, files: EntryFiles, wanted: presence.Head, place: Place | None, *, nameless: bool
+    ) -> OpenEntry:
         with ExitStack() as undo:
-            files = EntryFiles.open(self._blobs, wanted)
             undo.callback(files.close)
             self._last_id += 1
             blob = self._engine.open_cached(
@@ -297,7 +375,7 @@ class Cache:
                 size=wanted.size,
                 table_offset=presence.TABLE_OFFSET,
                 seal_offset=presence.SEAL_OFFSET,
-                policy=policy,
+                policy=Policy("eio"),  # until it has a user who waits for something
                 unit=UNIT_EXTENTS if place else 1,
             )
             undo.callback(blob.close)
@@ -308,14 +386,18 @@ class Cache:
                 sealed = False
             undo.pop_all()
         units = Units(wanted.blob_digest, place, blob, files.read) if place else None
-        return OpenEntry(files, blob, self._last_id, units, sealed=sealed)
+        return OpenEntry(
+            files, blob, self._last_id, units, sealed=sealed, repository=wanted.repository, nameless=nameless
+        )
 
-    def _leave(self, shared: OpenEntry) -> bool:
+    def _leave(self, shared: OpenEntry, user: User) -> bool:
         with self._lock:
-            shared.users -= 1
+            shared.leave(user)
             if shared.users:
                 return False
-            del self._open[shared.files.head.blob_digest]
-            shared.blob.close()
-            shared.files.close()
+            if shared in self._apart:
+                self._apart.remove(shared)
+            else:
+                del self._open[shared.files.head.blob_digest]
+            shared.close()
             return True

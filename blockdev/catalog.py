@@ -58,6 +58,16 @@ class Place:
     repository: str
     plain_http: bool
 
+    @property
+    def name(self) -> str:
+        """What it is known by: who answers without TLS need not be who answers with it."""
+        return f"{'http://' if self.plain_http else ''}{self.registry}/{self.repository}"
+
+    @property
+    def key(self) -> str:
+        """What a blob's entry in the cache knows it by."""
+        return oci.digest_of(self.name.encode())
+
     @classmethod
     def from_wire(cls, body: Mapping[str, Any]) -> Place:
         """What a caller says of a blob it has just pushed."""
@@ -111,22 +121,23 @@ class Catalog:
 
     # ---- where blobs came from ----
 
-    def place(self, digest: str) -> Place | None:
-        """A repository that has the blob."""
+    def place(self, digest: str, key: str = "") -> Place | None:
+        """The repository that the blob came from, by its key; "": any that has it."""
         for path in self._files(_REPOSITORIES):
             fields = self._fields(path)
             if fields and digest in fields["blobs"]:
-                return Place(fields["registry"], fields["repository"], fields["plain_http"])
+                place = Place(fields["registry"], fields["repository"], fields["plain_http"])
+                if key in ("", place.key):
+                    return place
         return None
 
     def note_place(self, place: Place, digests: Iterable[str]) -> None:
         """These blobs, which are in use, come from there."""
-        name = f"{place.registry}/{place.repository}"
-        path = self._named(_REPOSITORIES, name)
+        path = self._named(_REPOSITORIES, place.name)
         with self._lock:
-            known = self._fields(path, name) or {}
+            known = self._fields(path, place.name) or {}
             fields = {
-                "name": name,
+                "name": place.name,
                 "registry": place.registry,
                 "repository": place.repository,
                 "plain_http": place.plain_http,

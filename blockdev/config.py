@@ -44,6 +44,11 @@ class Policy:
     mode: Literal["eio", "retry", "hang"]
     seconds: float = 0.0
 
+    @property
+    def patience(self) -> tuple[int, float]:
+        """The more, the later a read fails."""
+        return ("eio", "retry", "hang").index(self.mode), self.seconds
+
     def __str__(self) -> str:
         return "hang" if self.mode == "hang" else f"{self.mode}:{self.seconds:g}s"
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +27,10 @@ ALGORITHMS = {"sha256": 64, "sha512": 128}  # hex digits of a digest
 _MAP = ".map"
 _BLOCK = 512  # st_blocks' unit, whatever the file system
 _BROKEN = bytes(presence.SEAL_SIZE)
+
+
+class OfAnother(Exception):
+    """An entry is not what is wanted, and not to be thrown away for that: others say otherwise of the blob."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Found:
     flaw: str = ""
     half_made: bool = False
     newer: bool = False  # a later version's
+    repository: str = ""  # its key: what is unverified came from there
 
 
 class EntryFiles:
@@ -57,19 +62,38 @@ class EntryFiles:
 
     @classmethod
     def open(cls, blobs: Path, wanted: presence.Head) -> EntryFiles:
-        """The files of a blob. What they hold of another size or version, or damaged, is thrown away.
+        """The files of a blob. What they hold damaged, or of nobody that the blob is wanted of, is thrown away.
 
-        CorruptImage if the blob is known to have another size; DeviceError if a later version of
-        this program wrote the map; AccessDenied or EngineError if they cannot be written.
+        CorruptImage if the blob is known to have another size; OfAnother if others say that it has another;
+        DeviceError if a later version of this program wrote the map; AccessDenied or EngineError if
+        they cannot be written.
         """
         path = path_of(blobs, wanted.blob_digest)
+
+        def named(file: Path) -> int:
+            return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+        return cls._open(path, named, wanted)
+
+    @classmethod
+    def open_nameless(cls, blobs: Path, wanted: presence.Head) -> EntryFiles:
+        """Empty files beside those of the blob, which others use. They go when they are closed, unless put()."""
+        path = path_of(blobs, wanted.blob_digest)
+
+        def nameless(file: Path) -> int:
+            return os.open(file.parent, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+
+        return cls._open(path, nameless, wanted)
+
+    @classmethod
+    def _open(cls, path: Path, opener: Callable[[Path], int], wanted: presence.Head) -> EntryFiles:
         fds: list[int] = []
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             for file in (path, map_of(path)):
-                fds.append(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+                fds.append(opener(file))
             files = cls(path, fds[0], fds[1], _claim(wanted, fds[0], fds[1]))
-            files._agree(wanted.table)
+            files._agree(wanted)
             return files
         except BaseException as error:
             for fd in fds:
@@ -78,15 +102,27 @@ class EntryFiles:
                 raise from_os("open cache entry", error, str(path)) from error
             raise
 
-    def _agree(self, table: str) -> None:
+    def _agree(self, wanted: presence.Head) -> None:
         """Have the map say what its extents are held against from now on, where those that are here allow it.
 
-        Those of a sealed blob are right whatever they were held against.
+        Those of a sealed blob are right whatever they were held against. Others are nobody's until they have been
+        held against the table that is wanted.
         """
-        if self.head.table == table:
+        if self.head.table == wanted.table:
             return
-        if not table or self.head.verified or not any(read_table(self.map_fd, self.head.size)):
-            self.write_table(table)
+        if not wanted.table:
+            self.write_head(replace(self.head, table=""))
+        elif self.head.verified or not any(read_table(self.map_fd, self.head.size)):
+            self.write_head(replace(self.head, table=wanted.table, repository=wanted.repository))
+        else:
+            self.write_head(replace(self.head, table="", repository=""))
+
+    def put(self) -> None:
+        """Take the names of the blob's files, whatever has them. Files that never had a name only."""
+        try:
+            name_files(self._path, self.data_fd, self.map_fd)
+        except OSError as error:
+            raise from_os("name cache entry", error, str(self._path)) from error
 
     def read(self, offset: int, length: int) -> bytes:
         """What the data file holds there, which may be nothing yet."""
@@ -114,13 +150,18 @@ class EntryFiles:
         """Say durably that nothing is known of the blob as a whole."""
         self._write(_BROKEN, presence.SEAL_OFFSET)
 
-    def write_table(self, table: str) -> None:
-        """Say durably what the extents that are here were held against, and those that come will be.
+    def write_head(self, head: presence.Head) -> None:
+        """Say durably what the extents that are here were held against, or whose they are, and those that come will be.
 
         While no engine has the map, or before the blob is sealed.
         """
-        head = replace(self.head, table=table)
         self._write(head.build(), 0)
+        self.head = head
+
+    def write_words(self, table: str, repository: str) -> None:
+        """As write_head(), while an engine has the map, and may break the seal: what is left of that is none."""
+        head = replace(self.head, table=table, repository=repository)
+        self._write(head.build()[: presence.SEAL_OFFSET], 0)
         self.head = head
 
     def _write(self, content: bytes, place: int) -> None:
@@ -136,9 +177,9 @@ class EntryFiles:
         os.close(self.map_fd)
 
 
-def wanted(digest: str, size: int, table: str = "") -> presence.Head:
+def wanted(digest: str, size: int, table: str = "", repository: str = "") -> presence.Head:
     """The head of a blob's entry. UsageError if that is no digest, or no size."""
-    head = presence.Head(digest, size, verified=False, table=table)
+    head = presence.Head(digest, size, verified=False, table=table, repository=repository)
     try:
         head.build()
     except FormatError as error:
@@ -187,7 +228,28 @@ def look(blobs: Path, digest: str) -> Found:
     except FormatError as error:
         newer = isinstance(error, presence.NewerVersion)
         return Found(digest, 0, 0, allocated, verified=False, flaw=error.what, newer=newer)
-    return Found(digest, head.size, present, allocated, head.verified and present == head.size)
+    verified = head.verified and present == head.size
+    return Found(digest, head.size, present, allocated, verified, repository=head.repository)
+
+
+def name_files(path: Path, data_fd: int, map_fd: int) -> None:
+    """Give two files without names those of the blob at `path`; durably, and in place of what has them."""
+    names = path, map_of(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in reversed(names):  # no map speaks of another's bytes
+            name.unlink(missing_ok=True)
+        for fd, name in zip((data_fd, map_fd), names, strict=True):
+            # With a directory given, and only then, os.link() follows the symbolic link.
+            os.link(f"/proc/self/fd/{fd}", name.name, dst_dir_fd=directory, follow_symlinks=True)
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def repository_of(blobs: Path, digest: str) -> str:
+    """As Found.repository, of the files at this moment."""
+    return look(blobs, digest).repository
 
 
 def remove(blobs: Path, digest: str) -> None:
@@ -223,15 +285,22 @@ def check_size(head: presence.Head, size: int) -> None:
 
 
 def _claim(wanted: presence.Head, data_fd: int, map_fd: int) -> presence.Head:
-    """The entry's head if the files hold a usable entry of this blob; else make them an empty one."""
+    """The entry's head if the files hold what may be used of this blob; else make them an empty one."""
     raw = os.pread(map_fd, presence.HEAD_SIZE, 0)
     try:
         head = _parse(raw, wanted.blob_digest)
         if head.verified:
             check_size(head, wanted.size)
-        if head.size != wanted.size:
-            raise FormatError(f"it is the map of {head.size} bytes, {wanted.size} are expected")
         _check_data(head, os.fstat(data_fd).st_size)
+        others = head.repository != wanted.repository
+        if head.size != wanted.size:
+            text = f"it is the map of {head.size} bytes, {wanted.size} are expected"
+            if others and any(read_table(map_fd, head.size)):
+                raise OfAnother(text)
+            raise FormatError(text)
+        # What a table is held against is looked at before its first use, whosever it was.
+        if others and not head.verified and not wanted.table:
+            raise FormatError("what it has came from another repository")
         return head
     except presence.NewerVersion as error:
         raise DeviceError(f"open cache entry: {wanted.blob_digest}: {error.what}") from error
@@ -239,6 +308,8 @@ def _claim(wanted: presence.Head, data_fd: int, map_fd: int) -> presence.Head:
         if raw:
             log.warning("cache entry starts empty digest=%s: %s", wanted.blob_digest, error.what)
     os.ftruncate(map_fd, 0)
+    if raw:
+        os.fsync(map_fd)  # after a power cut, the new head must not stand before the old table
     os.ftruncate(data_fd, 0)
     os.ftruncate(data_fd, wanted.size)
     os.ftruncate(map_fd, presence.map_size(wanted.size))

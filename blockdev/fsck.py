@@ -23,6 +23,7 @@ from blockdev.config import Policy
 from blockdev.entryfiles import Found
 from blockdev.errors import BlockdevError, CorruptImage, NotFound, UsageError
 from blockdev.layer import NamedBlob
+from blockdev.openentry import Word
 from blockdev.registry.backoff import Backoff
 from blockdev.scan import Bad, scan
 from blockdev.source import Source, Spilled
@@ -185,10 +186,11 @@ class Fsck:
             with ExitStack() as undo:
                 entry = self._cache.use(blob.digest, blob.size)
                 undo.callback(entry.close)
+                place = None if self._fed(entry) else self._claim_place(entry)
                 for number, one in enumerate(bad):
                     _drop(entry, one)
                     states[number] = "dropped"
-                self._refetch(entry, bad, refetch, undo)
+                self._refetch(entry, bad, place, refetch, undo)
         except BlockdevError as error:
             log.warning("blob not repaired digest=%s: %s", blob.digest, error)
             return [
@@ -206,22 +208,45 @@ class Fsck:
             return replace(one, error=str(error), kind=type(error).__name__)
         return replace(one, state="repaired")
 
-    def _refetch(self, entry: Entry, bad: Sequence[Finding], refetch: Refetch, undo: ExitStack) -> None:
+    def _fed(self, entry: Entry) -> bool:
+        """Whether those who have it open check what comes: it comes through their sources then."""
+        return entry.units is not None or len(entry.words) > 1
+
+    def _claim_place(self, entry: Entry) -> Place | None:
+        """Where parts of it are to be had again: where its users have them from, or else those came from that are here
+        and not verified. What is verified may be had from anywhere, and from then on only there."""
+        word = next(iter(entry.words), None) or Word(repository=entry.repository)
+        place = self._catalog.place(entry.digest, word.repository)
+        if place is None and entry.verified and not entry.words:
+            place = self._catalog.place(entry.digest)
+        if place and entry.verified:
+            entry.claim([Word(repository=place.key)])
+        return place
+
+    def _refetch(
+        self, entry: Entry, bad: Sequence[Finding], place: Place | None, refetch: Refetch, undo: ExitStack
+    ) -> None:
         ranges = [
             (offset, min(_RANGE, one.offset + one.length - offset))
             for one in bad
             for offset in range(one.offset, one.offset + one.length, _RANGE)
         ]
-        if entry.units:  # somebody has it open with its digest table, and a source: what comes is checked on its way
+        if self._fed(entry):
             for offset, length in ranges:
                 entry.blob.read_into(offset, bytearray(length))
         else:
-            self._store(entry, ranges, refetch, undo)
+            self._store(entry, ranges, place, refetch, undo)
         if entry.complete:
             entry.verify()
 
-    def _store(self, entry: Entry, ranges: Sequence[tuple[int, int]], refetch: Refetch, undo: ExitStack) -> None:
-        place = self._catalog.place(entry.digest)
+    def _store(
+        self,
+        entry: Entry,
+        ranges: Sequence[tuple[int, int]],
+        place: Place | None,
+        refetch: Refetch,
+        undo: ExitStack,
+    ) -> None:
         if place is None:
             raise NotFound(f"fetching a blob again failed: {entry.digest}: where it came from is not known")
         source = Retrying(refetch.source_of(place, NamedBlob(entry.digest, entry.blob), undo), refetch.backoff)

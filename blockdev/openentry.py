@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """An entry of the cache that is open, and what may be believed of it.
 
+suits()     each of several users believes what the others have brought
 trust()     before its first use: its parts are what its digest table says
+claim()     from now on parts come on somebody else's word
 check()     the whole blob is what its digest says, or it is dropped
-in_place()  each of several users means the same blob
+
+Whoever uses an entry takes its parts on somebody's word: that of the digest table which the image's
+manifest names, or else that of the image's own repository. Only the digest of the whole goes for everybody.
 
 Any thread may call; whoever is first does the work, the others wait for what he finds.
 """
@@ -14,12 +18,14 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from blockdev import entryfiles
+from blockdev.config import Policy
 from blockdev.engine import EXTENT_SIZE, Blob
 from blockdev.entryfiles import EntryFiles
-from blockdev.errors import CorruptImage, DeviceError, EngineError
+from blockdev.errors import CorruptImage, DeviceError, EngineError, SourceError
 from blockdev.units import UNIT_EXTENTS, Units
 from formats.digests import Place, Table
 
@@ -32,15 +38,49 @@ _WRITE_POLL = 0.005  # seconds; nothing tells when a write has failed
 _HASH_ROUNDS = 3  # what is taken away while a blob is hashed came back once at the most: its second loss is final
 
 
-class OpenEntry:
-    """What all users of an open entry share. `users` is its cache's to count."""
+@dataclass(frozen=True)
+class Word:
+    """On which a user of a blob takes its parts. One of the two: the sha256 of a table, or a repository's key."""
 
-    def __init__(self, files: EntryFiles, blob: Blob, id: int, units: Units | None, *, sealed: bool) -> None:
+    table: str = ""
+    repository: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class User:
+    """One that has a blob open. None: somebody who brings no bytes, or does not wait for any."""
+
+    word: Word | None = None
+    policy: Policy | None = None
+
+
+class OpenEntry:
+    """What all users of an open entry share. `nameless`: of files that may get the blob's names.
+
+    join(), leave() and suits() are its cache's to call, one at a time.
+    """
+
+    def __init__(
+        self,
+        files: EntryFiles,
+        blob: Blob,
+        id: int,
+        units: Units | None,
+        *,
+        sealed: bool,
+        repository: str,
+        nameless: bool = False,
+    ) -> None:
         self.files = files
         self.blob = blob
         self.id = id
         self.units = units  # what its parts are held against
-        self.users = 1
+        self.nameless = nameless
+        self.users: list[User] = []
+        self._repository = repository  # of who opened it
+        self._unlooked = units is not None and files.head.table != units.place.digest
+        self._claiming = threading.Lock()
+        self._closed = False
         self._sealed = 0 if sealed else None  # what had been taken away of the blob when it was verified
         self._checking = threading.Lock()
         self._findings = 0  # how often its digest has been compared, and what was wrong the last time
@@ -55,23 +95,75 @@ class OpenEntry:
         """Whether the whole blob is here, and its digest matched."""
         return self._sealed is not None and self.blob.stat().retired == self._sealed
 
-    def in_place(self, size: int, place: Place | None) -> None:
-        """One more wants to use it: CorruptImage if it has another size or table, DeviceError if it is not checked."""
-        entryfiles.check_size(self.files.head, size)
-        if place is None or self.verified:
-            return
-        if self.units is None:
-            raise DeviceError(f"open blob: {self.digest}: it is in use by who does not check it: end that first")
-        if self.units.place != place:
-            text = "two images promise different digest tables"
-            raise CorruptImage(f"open blob: {self.digest}: offset {place.offset}: {text}")
+    # ---- its users ----
+
+    def suits(self, size: int, place: Place | None, repository: str) -> bool:
+        """Whether one more may use it. CorruptImage if the blob is known to have another size."""
+        head = self.files.head
+        if self.verified:
+            entryfiles.check_size(head, size)
+            return True
+        if head.size != size:
+            return False
+        if place:
+            held = self._unlooked or head.table == place.digest
+            return self.units is not None and self.units.place == place and held
+        return head.repository == repository and not self._unlooked
+
+    def word(self, place: Place | None, repository: str) -> Word:
+        """On which one that it suits takes its parts."""
+        head, units = self.files.head, self.units
+        if units and (units.place == place or (head.table == units.place.digest and head.repository == repository)):
+            return Word(table=units.place.digest)
+        return Word(repository=repository)
+
+    def join(self, user: User) -> None:
+        """One more uses it."""
+        self.users.append(user)
+        self._set_policy()
+
+    def leave(self, user: User) -> None:
+        """One that has joined does no longer."""
+        self.users.remove(user)
+        self._set_policy()
+
+    def _set_policy(self) -> None:
+        """The most patient of those who are here rules."""
+        policies = [user.policy for user in self.users if user.policy]
+        if policies:
+            self.blob.set_policy(max(policies, key=lambda policy: policy.patience))
+
+    @property
+    def words(self) -> list[Word]:
+        """On which its users take parts."""
+        return list({user.word for user in self.users if user.word})
+
+    def claim(self, words: Sequence[Word]) -> None:
+        """Say durably on whose word parts come from now on; all of `words` say the same of them.
+
+        What is here already everybody believes who uses it. EngineError if that cannot be written.
+        """
+        with self._claiming:
+            if self._closed:
+                raise SourceError(f"read blob: {self.digest}: it has been closed")
+            head = self.files.head
+            said = {Word(table=head.table), Word() if head.table else Word(repository=head.repository)}
+            if said.isdisjoint(words):
+                self.files.write_words(words[0].table, words[0].repository)
+
+    def close(self) -> None:
+        """Once; a fetch may still be in hand."""
+        with self._claiming:
+            self._closed = True
+            self.blob.close()
+            self.files.close()
 
     # ---- its parts ----
 
     def trust(self, load: Callable[[Units], Table]) -> None:
         """Have all that is here checked, if it was not held against the table when it came; load() gets the table."""
         with self._checking:
-            if self.units is None or self.files.head.table == self.units.place.digest:
+            if self.units is None or not self._unlooked:
                 return
             table = load(self.units)
             bad = list(self.units.bad_spans(table, entryfiles.read_table(self.files.map_fd, self.blob.size)))
@@ -81,7 +173,9 @@ class OpenEntry:
             if any(any(left[offset // EXTENT_SIZE :][:UNIT_EXTENTS]) for offset, _ in bad):
                 raise DeviceError(f"check blob: {self.digest}: what is wrong in the cache cannot be taken away")
             self.files.sync()
-            self.files.write_table(self.units.place.digest)
+            head = self.files.head
+            self.files.write_head(replace(head, table=self.units.place.digest, repository=self._repository))
+            self._unlooked = False
             log.info("blob checked against its digest table digest=%s dropped=%d", self.digest, len(bad))
 
     # ---- the whole ----

@@ -104,15 +104,15 @@ class Owner:
         """
         with ExitStack() as undo:
             blobs = [] if access is None else self._open_lowers(origin, access, policy, undo, tell)
-            entries = {}
-            for name in dict.fromkeys(named.name for named in blobs):
-                entry = self.cache.in_use(name)
+            entries = []
+            for blob in dict.fromkeys(named.blob for named in blobs):
+                entry = self.cache.in_use(blob)
                 if entry:
                     undo.callback(entry.close)
-                    entries[name] = entry
+                    entries.append(entry)
             if not entries:
                 raise UsageError(f"pulling failed: {origin.name}: its blobs are files (ociblk cache add keeps them)")
-            pull = Pull(origin.name, list(entries.values()), self._supply, policy)
+            pull = Pull(origin.name, entries, self._supply, policy)
             if progress:
                 pull.complete(progress, self._stopping)
             with self._telling_why(blobs):
@@ -198,9 +198,11 @@ class Owner:
 
     def describe(self) -> list[dict[str, Any]]:
         """Every device, as `ps` shows it."""
-        described = [device.describe() for device in self.devices()]
-        for blob in (blob for device in described for blob in device["blobs"]):
-            blob["verified"] = self.cache.verified(blob["name"])
+        described = []
+        for device in self.devices():
+            described.append(device.describe())
+            for blob, named in zip(described[-1]["blobs"], device.stack.blobs, strict=False):
+                blob["verified"] = self.cache.verified(named.blob)
         return described
 
     def _forget(self, device: Device) -> None:

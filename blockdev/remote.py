@@ -140,7 +140,7 @@ class Remotes:
         asked = Access.from_wire(access)
         place = Place(registry, repository, asked.plain_http or plain_http)
         client = self.client(registry, replace(asked, plain_http=place.plain_http), undo)
-        size = part.size or self._cache.size_of(part.digest) or client.blob_size(repository, part.digest)
+        size = part.size or self._cache.size_of(part.digest, place.key) or client.blob_size(repository, part.digest)
         blob = self.open_blob(client, place, BlockLayer(part.digest, size), policy, undo)
         self._catalog.note_place(place, [part.digest])
         return blob
@@ -153,7 +153,7 @@ class Remotes:
         def source_of(into: Into, undo: ExitStack) -> RegistryBlob:
             return _source(client, place, layer, into, undo)
 
-        return self._supply.open(layer.digest, layer.size, policy, source_of, undo, layer.place)
+        return self._supply.open(layer.digest, layer.size, policy, source_of, undo, layer.place, place.key)
 
     def source(self, access: Mapping[str, Any], place: Place, blob: NamedBlob, undo: ExitStack) -> RegistryBlob:
         """Where the bytes of an open blob can be had, for whoever wants them at once."""

@@ -67,18 +67,8 @@ class Copy:
 
     def put(self) -> None:
         """Take the place of the entry that may be there, which nobody uses and nobody opens meanwhile."""
-        names = self._path, entryfiles.map_of(self._path)
         try:
-            directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                for name in reversed(names):  # no map speaks of another's bytes
-                    name.unlink(missing_ok=True)
-                for fd, name in zip(self._fds, names, strict=True):
-                    # With a directory given, and only then, os.link() follows the symbolic link.
-                    os.link(f"/proc/self/fd/{fd}", name.name, dst_dir_fd=directory, follow_symlinks=True)
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            entryfiles.name_files(self._path, *self._fds)
         except OSError as error:
             raise from_os("adopt blob", error, str(self._path)) from error
 

@@ -13,20 +13,22 @@ import logging
 import queue
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Protocol
 
 from blockdev.cache import Cache, Entry
 from blockdev.config import Policy
-from blockdev.engine import Engine, EngineStopped
+from blockdev.engine import Blob, Engine, EngineStopped
 from blockdev.errors import BlockdevError, CorruptImage
 from blockdev.fetch.pool import Pool
 from blockdev.layer import CRC_ONLY, SHA256, NamedBlob
+from blockdev.openentry import Word
 from blockdev.registry.backoff import Backoff
 from blockdev.source import Source
 from blockdev.source.retrying import Retrying
+from blockdev.source.several import Several
 from blockdev.units import Checked
 from formats.digests import Place
 
@@ -44,6 +46,27 @@ class Into(Protocol):
 SourceOf = Callable[[Into, ExitStack], Source]
 
 
+@dataclass
+class _Open:
+    """An open blob. unwritten: the errno with which its cache was last not written; 0 if it always was."""
+
+    digest: str
+    blob: Blob
+    sources: Several[Word]
+    unwritten: int = 0
+
+
+@dataclass(frozen=True)
+class _Spill:
+    """What came unasked from one source: kept where that one is believed by all."""
+
+    sources: Several[Word]
+    into: Into
+
+    def store(self, offset: int, content: memoryview) -> int:
+        return 0 if self.sources.mixed else self.into.store(offset, content)
+
+
 class Supply:
     """The lazily filled blobs of one engine and one cache."""
 
@@ -52,9 +75,7 @@ class Supply:
         self._cache = cache
         self._pool = Pool(engine, backoff=self.backoff)
         self._started = False
-        self._sources: defaultdict[int, list[Source]] = defaultdict(list)  # by blob id, the one in use last
-        self._digests: dict[int, str] = {}
-        self._unwritten: dict[int, int] = {}  # blob id: errno
+        self._open: dict[int, _Open] = {}  # by blob id
         self._lock = threading.Lock()  # of the above; held for local file operations only
         self._whole: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._verifier = threading.Thread(target=self._verify_all, name="verify-0", daemon=True)
@@ -67,27 +88,29 @@ class Supply:
         source_of: SourceOf,
         undo: ExitStack,
         place: Place | None = None,
+        repository: str = "",
     ) -> NamedBlob:
         """The blob with this digest; `undo` gives it back. source_of(into, undo) says where its bytes
-        come from, and puts what came unasked into `into`: of several users of a blob, the last one's
-        source and policy rule.
+        come from, and puts what came unasked into `into`. Those who share a blob share their sources: whichever
+        delivers. Of their policies, the most patient one rules.
 
         place: of the table that all of it is held against. If something is here already that was not, this waits
-        for the table, as long as the policy does.
+        for the table, as long as the policy does. repository: what the source is of (blockdev/catalog.py, Place.key).
         """
         with self._lock:
-            entry = self._cache.open(digest, size, policy, place)
-            units = entry.units
+            entry = self._cache.open(digest, size, policy, place, repository)
+            opened = self._open.get(entry.id) or _Open(digest, entry.blob, Several(self.backoff, entry.claim))
+            word = entry.word
+            units = entry.units if word.table else None
             try:
-                origin = source_of(units or entry.blob, undo)
+                origin = source_of(_Spill(opened.sources, units or entry.blob), undo)
                 source = Checked(origin, units) if units else origin
             except BaseException:
                 entry.close()
                 raise
-            undo.callback(self._leave, entry, source)
-            self._sources[entry.id].append(source)
-            self._digests[entry.id] = digest
-            self._pool.attach(entry.id, entry.blob, source)
+            self._open[entry.id] = opened
+            undo.callback(self._leave, entry, opened.sources.add(source, word))
+            self._pool.attach(entry.id, entry.blob, opened.sources)
             self._start()
         patient = Retrying(origin, self.backoff)
         entry.trust(lambda units: units.load(patient, time.monotonic() + (policy.seconds or PATIENCE)))
@@ -96,15 +119,10 @@ class Supply:
         checked = SHA256 if units or entry.verified else CRC_ONLY
         return NamedBlob(digest, entry.blob, doubtful=checked == CRC_ONLY, checked=checked, units=units)
 
-    def _leave(self, entry: Entry, source: Source) -> None:
+    def _leave(self, entry: Entry, leave: Callable[[], bool]) -> None:
         with self._lock:
-            others = self._sources[entry.id]
-            others.remove(source)
-            if others:
-                self._pool.attach(entry.id, entry.blob, others[-1])
-            else:
-                del self._sources[entry.id], self._digests[entry.id]
-                self._unwritten.pop(entry.id, None)
+            if not leave():
+                del self._open[entry.id]
                 self._pool.detach(entry.id)
         entry.close()
 
@@ -125,13 +143,14 @@ class Supply:
     def failure(self, id: int) -> tuple[str, str]:
         """Digest of an open blob, and why its last fetch failed; "" for what is not so."""
         with self._lock:
-            return self._digests.get(id, ""), str(self._pool.failure(id) or "")
+            opened = self._open.get(id)
+            return opened.digest if opened else "", str(self._pool.failure(id) or "")
 
     def corrupt(self, blobs: Iterable[NamedBlob]) -> CorruptImage | None:
         """Why the last fetch of one of these failed, if what came was not what the image's manifest says."""
-        names = {named.name for named in blobs}
+        wanted = {named.blob for named in blobs}
         with self._lock:
-            ids = [id for id, digest in self._digests.items() if digest in names]
+            ids = [id for id, opened in self._open.items() if opened.blob in wanted]
         errors = (self._pool.failure(id) for id in ids)
         return next((error for error in errors if isinstance(error, CorruptImage)), None)
 
@@ -142,12 +161,13 @@ class Supply:
     def note_unwritten(self, id: int, error: int) -> None:
         """The cache of a blob could not be written, for this errno."""
         with self._lock:
-            if id in self._digests:
-                self._unwritten[id] = error
+            if id in self._open:
+                self._open[id].unwritten = error
 
     def unwritten(self, id: int) -> int:
         """The errno with which the cache of a blob was last not written; 0 if it always was."""
-        return self._unwritten.get(id, 0)
+        opened = self._open.get(id)
+        return opened.unwritten if opened else 0
 
     def join(self, timeout: float) -> bool:
         """Wait for the threads of a stopped engine; False if some is stuck after `timeout` seconds."""

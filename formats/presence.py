@@ -23,16 +23,17 @@ TABLE_OFFSET = 4096  # own page: a torn write of the head leaves the table alone
 EXTENT_SIZE = 65536
 SEAL_OFFSET = HEAD_SIZE - 4
 SEAL_SIZE = 4
-VERSION = 3  # of maps that say what their extents were held against; the others are written as ...
-VERSION_UNCHECKED = 2  # ... what it was before, so that an older program takes them
+VERSION = 4  # of maps that say whose extents they have; the others are written as what they were before
+VERSION_TABLE = 3  # of those that say what their extents were held against
+VERSION_UNCHECKED = 2  # of those that say neither
 
 _MAGIC = b"OCIBLKPM"
 _CRC_OFFSET = SEAL_OFFSET - 4
 _SIZE_LIMIT = 1 << 63  # file offsets are signed
 _DIGEST_SIZE = 144  # "sha512:" and 128 hex digits fit
 _DIGEST = re.compile(r"[a-z0-9]+(?:[+._-][a-z0-9]+)*:[0-9a-f]{32,128}")
-_TABLE_SIZE = 32  # of a sha256
-_TABLE = re.compile(r"sha256:[0-9a-f]{64}|")
+_SHA256_SIZE = 32
+_SHA256 = re.compile(r"sha256:[0-9a-f]{64}|")
 
 _HEAD = c.Struct(
     "magic" / c.Bytes(8),
@@ -40,8 +41,9 @@ _HEAD = c.Struct(
     "extent_size" / c.Int32ul,
     "size" / c.Int64ul,
     "digest" / c.Bytes(_DIGEST_SIZE),
-    "table" / c.Bytes(_TABLE_SIZE),
-    c.Padding(_CRC_OFFSET - 168 - _TABLE_SIZE),
+    "table" / c.Bytes(_SHA256_SIZE),
+    "repository" / c.Bytes(_SHA256_SIZE),
+    c.Padding(_CRC_OFFSET - 168 - 2 * _SHA256_SIZE),
     "crc" / c.Int32ul,
     "seal" / c.Int32ul,
 )
@@ -57,12 +59,16 @@ class Head:
 
     table: the digest of the table (formats/digests.py) that all of its extents were held against
     before they were entered, "" if they were held against none.
+
+    repository: the sha256 of the name of the repository (blockdev/catalog.py, Place.name) that they
+    came from, so far as neither seal nor table speaks for them; "" if that is not known.
     """
 
     blob_digest: str
     size: int
     verified: bool
     table: str = ""
+    repository: str = ""
 
     def build(self) -> bytes:
         """HEAD_SIZE bytes. FormatError if the digest or the size cannot be written."""
@@ -70,15 +76,17 @@ class Head:
             raise FormatError(f"not a digest: {self.blob_digest!r}")
         if not 0 <= self.size < _SIZE_LIMIT:
             raise FormatError(f"impossible blob size {self.size}")
-        if not _TABLE.fullmatch(self.table):
-            raise FormatError(f"not the sha256 of a table: {self.table!r}")
+        for named in (self.table, self.repository):
+            if not _SHA256.fullmatch(named):
+                raise FormatError(f"not the sha256 of a table or repository: {named!r}")
         fields = {
             "magic": _MAGIC,
-            "version": VERSION if self.table else VERSION_UNCHECKED,
+            "version": VERSION if self.repository else VERSION_TABLE if self.table else VERSION_UNCHECKED,
             "extent_size": EXTENT_SIZE,
             "size": self.size,
             "digest": self.blob_digest.encode().ljust(_DIGEST_SIZE, b"\0"),
-            "table": bytes.fromhex(self.table.partition(":")[2]).ljust(_TABLE_SIZE, b"\0"),
+            "table": _raw(self.table),
+            "repository": _raw(self.repository),
             "crc": 0,
             "seal": 0,
         }
@@ -106,8 +114,17 @@ class Head:
         digest = fields.digest.rstrip(b"\0").decode("latin-1")
         if not _DIGEST.fullmatch(digest) or fields.size >= _SIZE_LIMIT:
             raise FormatError("presence map names no blob", 16)
-        table = f"sha256:{fields.table.hex()}" if fields.version == VERSION else ""
-        return cls(digest, fields.size, fields.seal == _seal(fields.crc), table)
+        table = _sha256(fields.table) if fields.version >= VERSION_TABLE else ""
+        repository = _sha256(fields.repository) if fields.version >= VERSION else ""
+        return cls(digest, fields.size, fields.seal == _seal(fields.crc), table, repository)
+
+
+def _raw(digest: str) -> bytes:
+    return bytes.fromhex(digest.partition(":")[2]).ljust(_SHA256_SIZE, b"\0")
+
+
+def _sha256(raw: bytes) -> str:
+    return f"sha256:{raw.hex()}" if any(raw) else ""
 
 
 def _seal(crc: int) -> int:

@@ -17,8 +17,9 @@ EXTENTS = [CONTENT[start : start + EXTENT] for start in range(0, len(CONTENT), E
 DIGEST = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
 PARTIAL = {0, 3}
 WHOLE = {0, 1, 2, 3}
+REPOSITORY = f"sha256:{hashlib.sha256(b'registry.example/app').hexdigest()}"
 
 
 def kept(name: str) -> bytes:
-    """The map with only the PARTIAL extents ("partial"), or whole and verified ("sealed")."""
+    """The map with only the PARTIAL extents ("partial"; "owned": by REPOSITORY), or whole and verified ("sealed")."""
     return (Path(__file__).parent / "data" / f"presence-{name}.map").read_bytes()

@@ -13,8 +13,8 @@ import pytest
 from blockdev.catalog import Catalog
 from blockdev.catalog import Place as Origin
 from blockdev.config import Policy
-from blockdev.engine import EXTENT_SIZE, Priority
-from blockdev.errors import CorruptImage, DeviceError, SourceError
+from blockdev.engine import EXTENT_SIZE, Blob, Priority
+from blockdev.errors import CorruptImage, SourceError
 from blockdev.fetch.pull import Pull
 from blockdev.fsck import Check, Finding, Fsck, Refetch
 from blockdev.layer import CRC_ONLY, SHA256
@@ -101,15 +101,21 @@ def test_beside_one_who_checks_all_is_checked(bench: Bench, undo: ExitStack) -> 
 
 
 def test_what_is_in_use_unchecked_is_not_taken_over(bench: Bench, undo: ExitStack) -> None:
-    bench.open(undo, None)
-    with pytest.raises(DeviceError, match="in use by who does not check it"):
-        bench.open(undo)
+    bench.liar.place, bench.liar.lies = 9, 1
+    unchecked = bench.open(undo, None)
+    assert not same(unchecked.blob.read_at(0, 100), 0)
+    checked = bench.open(undo)
+    assert checked.checked == SHA256
+    assert same(checked.blob.read_at(0, 100), 0)
+    assert not same(unchecked.blob.read_at(0, 100), 0), "each has an entry of its own"
 
 
-def test_two_tables_for_one_blob_cannot_both_be_right(bench: Bench, undo: ExitStack) -> None:
-    bench.open(undo)
-    with pytest.raises(CorruptImage, match="different digest tables"):
-        bench.open(undo, Place(PLACE.covered, f"sha256:{'0' * 64}"))
+def test_two_tables_for_one_blob_are_held_apart(bench: Bench, undo: ExitStack) -> None:
+    right = bench.open(undo)
+    wrong = bench.open(undo, Place(PLACE.covered, f"sha256:{'0' * 64}"))
+    with pytest.raises(SourceError):
+        wrong.blob.read_at(0, 10)
+    assert same(right.blob.read_at(0, 10), 0)
 
 
 def test_a_blob_whose_whole_digest_was_right_needs_no_look(bench: Bench, undo: ExitStack, tmp_path: Path) -> None:
@@ -121,7 +127,7 @@ def test_a_blob_whose_whole_digest_was_right_needs_no_look(bench: Bench, undo: E
     assert bench.head().table == PLACE.digest
     assert bench.head().verified
     assert same(named.blob.read_at(0, len(BLOB)), 0)
-    assert bench.cache.verified(DIGEST)
+    assert bench.cache.verified(named.blob)
 
 
 def test_a_part_that_rots_is_fetched_with_its_unit_and_checked(bench: Bench, undo: ExitStack) -> None:
@@ -137,8 +143,8 @@ def test_a_part_that_rots_is_fetched_with_its_unit_and_checked(bench: Bench, und
 # ---- bulk -------------------------------------------------------------------------------------------
 
 
-def pull(bench: Bench) -> None:
-    entry = bench.cache.in_use(DIGEST)
+def pull(bench: Bench, blob: Blob) -> None:
+    entry = bench.cache.in_use(blob)
     assert entry
     try:
         Pull("image", [entry], bench.supply, Policy("eio", WAIT)).complete(lambda *_: None, threading.Event())
@@ -150,8 +156,7 @@ def pull(bench: Bench) -> None:
 @pytest.mark.parametrize("lies", [0, 1])
 def test_a_full_pull_is_checked_on_its_way(bench: Bench, undo: ExitStack, lies: int) -> None:
     bench.liar.place, bench.liar.lies = 4 * UNIT + 9, lies
-    bench.open(undo)
-    pull(bench)
+    pull(bench, bench.open(undo).blob)
     assert len(bench.cached()) == -(-len(BLOB) // EXTENT_SIZE)
     assert bench.head().verified
 
@@ -160,7 +165,7 @@ def test_a_full_pull_of_what_stays_wrong_says_which_part(bench: Bench, undo: Exi
     bench.liar.place, bench.liar.lies = 4 * UNIT + 9, 1 << 30
     blob = bench.open(undo).blob
     with pytest.raises(CorruptImage, match=f"{DIGEST}: offset {4 * UNIT}"):
-        pull(bench)
+        pull(bench, blob)
     blob.prefetch(0, UNIT, Priority.BULK)
     assert not bench.cached() & {16, 17, 18, 19}
 

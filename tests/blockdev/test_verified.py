@@ -12,6 +12,7 @@ import pytest
 
 from blockdev import entryfiles
 from blockdev.cache import Entry
+from blockdev.config import Policy
 from formats import presence
 from tests import golden_map
 from tests.commands import until
@@ -45,6 +46,15 @@ def test_the_engine_makes_the_maps_that_are_kept(filling: Filling) -> None:
     entry.close()
 
 
+def test_the_engine_makes_the_map_of_a_repositorys_own(filling: Filling) -> None:
+    size, repository = len(golden_map.CONTENT), golden_map.REPOSITORY
+    entry = filling.cache.open(golden_map.DIGEST, size, Policy("hang"), repository=repository)
+    for number in golden_map.PARTIAL:
+        entry.blob.store(number * EXTENT, golden_map.EXTENTS[number])
+    assert filling.map(golden_map.CONTENT).read_bytes() == golden_map.kept("owned")
+    entry.close()
+
+
 @pytest.mark.parametrize("name", ["partial", "sealed"])
 def test_the_engine_reads_the_maps_that_are_kept(filling: Filling, name: str) -> None:
     path = entryfiles.path_of(filling.blobs, golden_map.DIGEST)
@@ -75,13 +85,13 @@ def test_dropping_an_extent_ends_it_on_disk_and_here(filling: Filling, verified:
     assert not verified.verified
     assert not filling.sealed()
     assert not filling.cache.stat()[0].verified
-    assert not filling.cache.verified(DIGEST)
+    assert not filling.cache.verified(verified.blob)
     assert verified.blob.read_at(0, len(CONTENT)) == CONTENT
     assert not verified.verified
     verified.verify()
     assert verified.verified
     assert filling.sealed()
-    assert filling.cache.verified(DIGEST)
+    assert filling.cache.verified(verified.blob)
 
 
 def test_a_rotten_extent_ends_it(filling: Filling, verified: Entry) -> None:

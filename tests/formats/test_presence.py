@@ -26,9 +26,10 @@ _CRC_0 = b"\xab\x9b\xe0\x9b"  # the four bytes whose CRC32C is 0
     st.integers(0, (1 << 63) - 1),
     st.booleans(),
     st.sampled_from(("", "sha256:" + "ab" * 32)),
+    st.sampled_from(("", "sha256:" + "cd" * 32)),
 )
-def test_a_head_survives_a_round_trip(digest: str, size: int, verified: bool, table: str) -> None:
-    head = Head(digest, size, verified, table)
+def test_a_head_survives_a_round_trip(digest: str, size: int, verified: bool, table: str, repository: str) -> None:
+    head = Head(digest, size, verified, table, repository)
     assert len(head.build()) == presence.HEAD_SIZE
     assert Head.parse(head.build()) == head
 
@@ -55,25 +56,37 @@ def test_a_map_that_names_a_table_is_of_the_version_that_knows_tables() -> None:
     assert Head.parse(bytes(unknown)).table == "", "an older version's spare bytes are no table"
 
 
+def test_a_map_that_names_a_repository_is_of_the_version_that_knows_them() -> None:
+    head = Head(DIGEST, 65537, True, "", "sha256:" + "c5" * 32).build()
+    assert head[8:24] == bytes.fromhex("04000000 00000100 0100010000000000")
+    assert head[168:504] == bytes(32) + b"\xc5" * 32 + bytes(272)
+    older = bytearray(Head(DIGEST, 65537, True, "sha256:" + "c5" * 32).build())
+    older[200:232] = b"\xc5" * 32
+    older[504:508] = standard(bytes(older[:504])).to_bytes(4, "little")
+    assert Head.parse(bytes(older)).repository == "", "an older version's spare bytes are no repository"
+
+
 @pytest.mark.parametrize("table", ["sha256:", "sha256:" + "AB" * 32, "sha512:" + "ab" * 32, "ab" * 32])
 def test_what_is_no_digest_of_a_table_is_not_written(table: str) -> None:
     with pytest.raises(FormatError):
         Head(DIGEST, 1, False, table).build()
 
 
-def _built(present: set[int], *, verified: bool) -> bytes:
+def _built(present: set[int], *, verified: bool, repository: str = "") -> bytes:
     """The map of golden_map.CONTENT with these extents."""
     table = b"".join(
         (presence.extent_entry(extent) if number in present else 0).to_bytes(4, "little")
         for number, extent in enumerate(golden_map.EXTENTS)
     )
-    head = Head(golden_map.DIGEST, len(golden_map.CONTENT), verified).build()
+    head = Head(golden_map.DIGEST, len(golden_map.CONTENT), verified, "", repository).build()
     return head.ljust(presence.TABLE_OFFSET, b"\0") + table
 
 
 def test_whole_maps_are_those_that_are_kept() -> None:
     assert _built(golden_map.PARTIAL, verified=False) == golden_map.kept("partial")
     assert _built(golden_map.WHOLE, verified=True) == golden_map.kept("sealed")
+    owned = _built(golden_map.PARTIAL, verified=False, repository=golden_map.REPOSITORY)
+    assert owned == golden_map.kept("owned")
 
 
 @given(st.integers(0, presence.SEAL_OFFSET - 1), st.integers(1, 255))
@@ -101,7 +114,7 @@ def test_any_bytes_give_a_head_or_a_format_error(head: bytes) -> None:
     value_or_format_error(lambda: Head.parse(head))
 
 
-@pytest.mark.parametrize("change", [(8, b"\1"), (8, b"\4"), (12, b"\0\0\2\0"), (16, b"\xff" * 8), (24, b"../../")])
+@pytest.mark.parametrize("change", [(8, b"\1"), (8, b"\5"), (12, b"\0\0\2\0"), (16, b"\xff" * 8), (24, b"../../")])
 def test_another_version_extent_size_or_a_strange_blob_is_refused(change: tuple[int, bytes]) -> None:
     place, value = change
     head = HEAD.build()

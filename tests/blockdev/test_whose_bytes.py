@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One digest, named by images of several repositories, of which not all have the blob that it stands for."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from blockdev import entryfiles
+from blockdev.cache import Cache
+from blockdev.catalog import Catalog
+from blockdev.catalog import Place as Repository
+from blockdev.config import Policy
+from blockdev.engine import EXTENT_SIZE, Engine, Priority
+from blockdev.errors import CorruptImage, NotFound, SourceError
+from blockdev.fsck import Check, Finding, Fsck, Refetch
+from blockdev.layer import CRC_ONLY, SHA256, NamedBlob
+from blockdev.origin import Part
+from blockdev.remote import Remotes
+from blockdev.supply import Supply
+from formats import oci, presence
+from formats.digests import UNIT, Place
+from tests.checked import await_written
+from tests.fakes.blob_server import REPOSITORY, BlobServer
+from tests.fakes.memory_source import MemorySource
+from tests.filling import flip
+from tests.small_image import NOBODY
+from tests.tabled import tabled
+
+WAIT = 20.0
+GOOD, TABLE = tabled(random.Random(5).randbytes(3 * UNIT + 1000))
+SIZE = len(GOOD)
+DIGEST = oci.digest_of(GOOD)
+EVIL_PAYLOAD, EVIL_TABLE = tabled(random.Random(6).randbytes(3 * UNIT + 1000))
+HERE = Repository("registry.example", "app", plain_http=False)
+THERE = Repository("elsewhere.example", "app", plain_http=False)
+
+
+class Bench:
+    """An owner's engine, cache and supply; open() is what an image does that names DIGEST."""
+
+    def __init__(self, folder: Path) -> None:
+        self.blobs = folder / "blobs"
+        self.catalog = Catalog(folder / "catalog")
+        self.good = MemorySource(GOOD, "good")
+        self.evil = MemorySource(EVIL_PAYLOAD, "evil")
+        self.start()
+
+    def start(self) -> None:
+        self.engine = Engine(work_threads=1, readahead_extents=0)
+        self.cache = Cache(self.blobs, self.engine)
+        self.supply = Supply(self.engine, self.cache)
+
+    def open(
+        self,
+        undo: ExitStack,
+        source: MemorySource,
+        place: Place | None = None,
+        *,
+        of: Repository | None = None,
+        policy: Policy | None = None,
+        size: int = SIZE,
+    ) -> NamedBlob:
+        of = of or (THERE if source is self.evil else HERE)
+        policy = policy or Policy("eio", WAIT)
+        self.catalog.note_place(of, [DIGEST])
+        return self.supply.open(DIGEST, size, policy, lambda into, undo: source, undo, place, of.key)
+
+    def read(self, source: MemorySource, place: Place | None = None, length: int = SIZE) -> bytes:
+        """What an image of the source's repository reads that is mounted for it."""
+        with ExitStack() as undo:
+            blob = self.open(undo, source, place).blob
+            try:
+                return blob.read_at(0, length)
+            finally:
+                await_written(blob, length)
+
+    def fill(self, *extents: int) -> None:
+        """Some of it, from where it belongs."""
+        with ExitStack() as undo:
+            blob = self.open(undo, self.good).blob
+            for extent in extents:
+                blob.read_at(extent * EXTENT_SIZE, EXTENT_SIZE)
+            await_written(blob, len(extents) * EXTENT_SIZE)
+        self.good.reads.clear()
+
+    def adopt(self, folder: Path) -> None:
+        (folder / "file").write_bytes(GOOD)
+        with open(folder / "file", "rb") as file:
+            assert self.cache.adopt(file.fileno(), DIGEST) == DIGEST
+
+    @property
+    def data(self) -> Path:
+        return entryfiles.path_of(self.blobs, DIGEST)
+
+    def head(self) -> presence.Head:
+        return presence.Head.parse(entryfiles.map_of(self.data).read_bytes()[: presence.HEAD_SIZE])
+
+    def repair(self, sources: dict[Repository, MemorySource]) -> list[Finding]:
+        fsck = Fsck(self.blobs, self.cache, self.catalog)
+        report, damaged = fsck.check(Check((), digests=False), lambda done, total: None)
+        policy = Policy("eio", 0.2)
+        refetch = Refetch(lambda place, blob, undo: sources[place], self.supply.backoff, policy)
+        return [one for blob in damaged for one in fsck.repair(blob, report.bad, refetch)]
+
+    def close(self) -> None:
+        self.engine.stop()
+        assert self.supply.join(WAIT)
+        self.engine.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    bench.close()
+
+
+# ---- on whose word ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("evil_table", [None, EVIL_TABLE])
+@pytest.mark.parametrize("table", [None, TABLE])
+def test_open_together_each_has_its_own(
+    bench: Bench, undo: ExitStack, table: Place | None, evil_table: Place | None
+) -> None:
+    good = bench.open(undo, bench.good, table).blob
+    evil = bench.open(undo, bench.evil, evil_table).blob
+    assert good.read_at(0, SIZE) == GOOD
+    assert evil.read_at(0, SIZE) == EVIL_PAYLOAD
+    assert good.read_at(0, SIZE) == GOOD
+    again = bench.open(undo, bench.good, table).blob
+    assert again is good
+
+
+@pytest.mark.parametrize("evil_table", [None, EVIL_TABLE])
+@pytest.mark.parametrize("table", [None, TABLE])
+def test_who_comes_second_has_its_own(
+    bench: Bench, undo: ExitStack, table: Place | None, evil_table: Place | None
+) -> None:
+    evil = bench.open(undo, bench.evil, evil_table).blob
+    assert evil.read_at(0, SIZE) == EVIL_PAYLOAD
+    good = bench.open(undo, bench.good, table).blob
+    assert good.read_at(0, SIZE) == GOOD
+    assert bench.open(undo, bench.good, table).blob is good
+
+
+@pytest.mark.parametrize("evil_table", [None, EVIL_TABLE])
+@pytest.mark.parametrize("table", [None, TABLE])
+def test_what_another_left_is_not_read(bench: Bench, table: Place | None, evil_table: Place | None) -> None:
+    assert bench.read(bench.evil, evil_table, 2 * EXTENT_SIZE) == EVIL_PAYLOAD[: 2 * EXTENT_SIZE]
+    assert bench.read(bench.good, table) == GOOD
+
+
+def test_a_map_that_does_not_say_whose_it_is_is_not_believed(bench: Bench) -> None:
+    bench.read(bench.evil, None, 2 * EXTENT_SIZE)
+    old = presence.Head(DIGEST, SIZE, verified=False).build()
+    with open(entryfiles.map_of(bench.data), "r+b") as file:
+        file.write(old)
+    assert bench.read(bench.good) == GOOD
+
+
+def test_one_repositorys_own_stays_over_a_restart(bench: Bench) -> None:
+    bench.fill(0, 3)
+    bench.close()
+    bench.start()
+    assert bench.read(bench.good) == GOOD
+    assert sum(length for _, length in bench.good.reads) == SIZE - 2 * EXTENT_SIZE
+
+
+def test_without_tls_it_is_another(bench: Bench, undo: ExitStack) -> None:
+    bench.open(undo, bench.evil, of=Repository(HERE.registry, HERE.repository, plain_http=True)).blob.read_at(0, 9)
+    assert bench.open(undo, bench.good).blob.read_at(0, 9) == GOOD[:9]
+
+
+def test_one_table_is_shared_whoever_delivers(bench: Bench, undo: ExitStack) -> None:
+    blob = bench.open(undo, bench.good, TABLE).blob
+    assert bench.open(undo, bench.evil, TABLE).blob is blob
+    assert blob.read_at(0, SIZE) == GOOD
+
+
+def test_what_is_verified_is_shared(bench: Bench, undo: ExitStack, tmp_path: Path) -> None:
+    bench.adopt(tmp_path)
+    blobs = {bench.open(undo, source).blob for source in (bench.good, bench.evil)}
+    assert len(blobs) == 1
+    assert blobs.pop().read_at(0, SIZE) == GOOD
+    assert bench.good.reads == bench.evil.reads == []
+
+
+def test_what_rots_under_two_comes_back_if_both_say_the_same(bench: Bench, undo: ExitStack, tmp_path: Path) -> None:
+    bench.adopt(tmp_path)
+    good = bench.open(undo, bench.good).blob
+    with ExitStack() as second:
+        evil = bench.open(second, bench.evil, policy=Policy("eio", 0.1)).blob
+        assert evil is good
+        assert good.drop(EXTENT_SIZE, EXTENT_SIZE) == 1
+        bench.evil.content = GOOD
+        assert good.read_at(EXTENT_SIZE, 10) == GOOD[EXTENT_SIZE:][:10]
+        assert len(bench.evil.reads) == len(bench.good.reads) == 1
+    await_written(good, SIZE)
+    assert bench.head().repository in (HERE.key, THERE.key)
+    assert good.drop(EXTENT_SIZE, EXTENT_SIZE) == 1
+    assert good.read_at(EXTENT_SIZE, 10) == GOOD[EXTENT_SIZE:][:10]
+    assert bench.head().repository == HERE.key
+    assert len(bench.evil.reads) == 1
+
+
+def test_what_rots_under_two_who_differ_is_nobodys(bench: Bench, undo: ExitStack, tmp_path: Path) -> None:
+    bench.adopt(tmp_path)
+    good = bench.open(undo, bench.good).blob
+    with ExitStack() as second:
+        bench.open(second, bench.evil)
+        assert good.drop(EXTENT_SIZE, EXTENT_SIZE) == 1
+        good.prefetch(EXTENT_SIZE, EXTENT_SIZE, Priority.PREFETCH)
+        while len(bench.evil.reads) < 1:
+            os.sched_yield()
+        assert good.stat().present_bytes == SIZE - EXTENT_SIZE
+    assert good.read_at(EXTENT_SIZE, EXTENT_SIZE) == GOOD[EXTENT_SIZE : 2 * EXTENT_SIZE]
+
+
+# ---- sizes ------------------------------------------------------------------------------------------
+
+
+def test_another_size_costs_nobody_what_is_here(bench: Bench, undo: ExitStack) -> None:
+    bench.fill(0, 3)
+    bench.open(undo, bench.evil, size=SIZE + 1)
+    good = bench.open(undo, bench.good).blob
+    assert good.read_at(0, EXTENT_SIZE) == GOOD[:EXTENT_SIZE]
+    assert bench.good.reads == []
+
+
+def test_another_size_that_is_open_makes_nobody_corrupt(bench: Bench, undo: ExitStack, tmp_path: Path) -> None:
+    with ExitStack() as first:
+        bench.open(first, bench.evil, size=SIZE - 1).blob.read_at(0, 10)
+        assert bench.open(undo, bench.good).blob.read_at(0, SIZE) == GOOD
+        bench.adopt(tmp_path)
+        assert bench.head().verified
+    assert bench.open(undo, bench.good).blob.read_at(0, SIZE) == GOOD
+    with pytest.raises(CorruptImage, match=str(SIZE)):
+        bench.open(undo, bench.evil, size=SIZE - 1)
+
+
+def test_the_size_that_another_has_said_is_not_taken(bench: Bench) -> None:
+    bench.fill(0)
+    assert bench.cache.size_of(DIGEST, HERE.key) == SIZE
+    assert bench.cache.size_of(DIGEST, THERE.key) is None
+
+
+# ---- what is whole ------------------------------------------------------------------------------------
+
+
+def test_what_is_verified_apart_is_kept(bench: Bench, undo: ExitStack) -> None:
+    evil = bench.open(undo, bench.evil).blob
+    with ExitStack() as mounted:
+        good = bench.open(mounted, bench.good).blob
+        entry = bench.cache.in_use(good)
+        assert entry
+        mounted.callback(entry.close)
+        entry.verify()
+        assert bench.data.read_bytes() == GOOD
+        assert [one.verified for one in bench.cache.stat()] == [True]
+        assert bench.cache.verified(good)
+        assert not bench.cache.verified(evil)
+    assert evil.read_at(0, SIZE) == EVIL_PAYLOAD
+    assert bench.open(undo, bench.evil, size=SIZE).blob.read_at(0, SIZE) == GOOD
+
+
+def test_a_file_that_is_added_replaces_what_another_has_brought(bench: Bench, undo: ExitStack, tmp_path: Path) -> None:
+    evil = bench.open(undo, bench.evil).blob
+    evil.read_at(0, SIZE)
+    await_written(evil, SIZE)
+    bench.adopt(tmp_path)
+    assert evil.read_at(0, SIZE) == GOOD
+    assert bench.head().verified
+
+
+def test_pruning_leaves_what_is_apart_to_its_user(bench: Bench, undo: ExitStack) -> None:
+    with ExitStack() as first:
+        bench.open(first, bench.evil).blob.read_at(0, 10)
+        good = bench.open(undo, bench.good).blob
+        assert good.read_at(0, SIZE) == GOOD
+    assert bench.cache.prune().removed == (DIGEST,)
+    assert good.read_at(0, SIZE) == GOOD
+    assert list(bench.blobs.rglob("*/*")) == []
+
+
+# ---- repair -------------------------------------------------------------------------------------------
+
+
+def test_a_repair_asks_only_where_it_came_from(bench: Bench) -> None:
+    bench.catalog.note_place(THERE, [DIGEST])
+    bench.fill(0, 3)
+    flip(bench.data, 5)
+    (one,) = bench.repair({HERE: bench.good, THERE: bench.evil})
+    assert one.state == "repaired"
+    assert bench.evil.reads == []
+    assert bench.read(bench.good, None, EXTENT_SIZE) == GOOD[:EXTENT_SIZE]
+
+
+def test_where_that_is_not_known_nothing_is_asked(bench: Bench, tmp_path: Path) -> None:
+    bench.fill(0, 3)
+    bench.catalog = Catalog(tmp_path / "other")
+    bench.catalog.note_place(THERE, [DIGEST])
+    flip(bench.data, 5)
+    (one,) = bench.repair({THERE: bench.evil})
+    assert (one.state, one.kind) == ("dropped", "NotFound")
+    assert bench.evil.reads == []
+
+
+def test_what_was_verified_is_repaired_from_anywhere_and_then_from_there(bench: Bench, tmp_path: Path) -> None:
+    bench.adopt(tmp_path)
+    bench.catalog.note_place(THERE, [DIGEST])
+    flip(bench.data, 5)
+    bench.evil.well = False
+    (one,) = bench.repair({THERE: bench.evil})
+    assert one.state == "dropped"
+    assert bench.head().repository == THERE.key
+    bench.evil.well = True
+    assert bench.read(bench.good) == GOOD
+
+
+# ---- several sources ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", [None, TABLE])
+def test_a_second_that_has_not_got_it_harms_nobody(bench: Bench, undo: ExitStack, table: Place | None) -> None:
+    blob = bench.open(undo, bench.good, table, policy=Policy("eio", 5.0)).blob
+    other = MemorySource(GOOD, "other")
+    other.failures.extend([NotFound("reading a blob failed: other: 404")] * 1000)
+    assert bench.open(undo, other, table).blob is blob
+    assert blob.read_at(0, SIZE) == GOOD
+    assert len(other.reads) <= 1
+    assert bench.supply.failure(1)[1] == ""
+
+
+@pytest.mark.parametrize("table", [None, TABLE])
+def test_the_first_that_fails_is_left_for_the_second(bench: Bench, undo: ExitStack, table: Place | None) -> None:
+    blob = bench.open(undo, bench.good, table, policy=Policy("eio", 5.0)).blob
+    assert blob.read_at(0, 10) == GOOD[:10]
+    bench.good.well = False
+    other = MemorySource(GOOD, "other")
+    bench.open(undo, other, table)
+    assert blob.read_at(2 * UNIT, 10) == GOOD[2 * UNIT :][:10]
+    other.well, bench.good.well = False, True
+    assert blob.read_at(0, SIZE) == GOOD
+
+
+def test_when_the_one_that_works_leaves_the_other_fails_by_its_policy(bench: Bench, undo: ExitStack) -> None:
+    with ExitStack() as first:
+        blob = bench.open(first, bench.good).blob
+        other = MemorySource(GOOD, "other")
+        other.failures.extend([NotFound("reading a blob failed: other: 404")] * 1000)
+        bench.open(undo, other)
+        assert blob.read_at(0, 10) == GOOD[:10]
+    with pytest.raises(SourceError):
+        blob.read_at(2 * UNIT, 10)
+    assert "404" in bench.supply.failure(1)[1]
+
+
+# ---- policies -------------------------------------------------------------------------------------------
+
+
+def test_the_most_patient_one_rules_while_it_is_here(
+    bench: Bench, undo: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ruling: list[str] = []
+    blob = bench.open(undo, bench.good, policy=Policy("eio", 30.0)).blob
+    monkeypatch.setattr(blob, "set_policy", lambda policy: ruling.append(str(policy)))
+    with ExitStack() as mounted:
+        bench.open(mounted, bench.good, policy=Policy("hang"))
+        with ExitStack() as inspecting:
+            bench.open(inspecting, bench.good, policy=Policy("eio", 90.0))
+            bench.open(inspecting, bench.good, policy=Policy("retry", 1.0))
+            assert ruling[-1] == "hang"
+        assert ruling[-1] == "hang"
+    assert ruling[-1] == "eio:30s"
+    with ExitStack() as verifying:
+        bench.open(verifying, bench.good, policy=Policy("retry", 1.0))
+        assert ruling[-1] == "retry:1s"
+    assert ruling[-1] == "eio:30s"
+    assert bench.open(undo, bench.good).checked == CRC_ONLY
+    assert bench.open(undo, bench.good, TABLE).checked == SHA256
+
+
+# ---- as images name it ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_part_of_an_image_has_the_word_of_its_own_url(bench: Bench, undo: ExitStack, *, together: bool) -> None:
+    remotes = Remotes(bench.supply, bench.cache, bench.catalog)
+    access = {"plain_http": False, "ca": "", "credentials": NOBODY.to_json()}
+
+    def read(server: BlobServer) -> bytes:
+        part = Part(DIGEST, SIZE, DIGEST, f"http://{server.host}/v2/{REPOSITORY}/blobs/{DIGEST}")
+        with ExitStack() as reading:
+            blob = remotes.open_part(part, access, Policy("eio", WAIT), undo if together else reading).blob
+            return blob.read_at(0, EXTENT_SIZE)
+
+    with BlobServer(GOOD) as good, BlobServer(GOOD) as evil:
+        evil.content = EVIL_PAYLOAD
+        assert read(evil) == EVIL_PAYLOAD[:EXTENT_SIZE]
+        assert read(good) == GOOD[:EXTENT_SIZE]
+        undo.close()
