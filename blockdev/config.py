@@ -28,6 +28,7 @@ _SIZE_UNITS = {
     **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
 }
 _SIZE_MAX = 1 << 63  # what a file offset can say
+_JOBS_MAX = 1024  # threads; more is a typing error
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION_MAX = 366 * 86400.0  # a longer wait is a typing error, or means hang
 _NUMBER_AND_UNIT = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([a-z]*)", re.ASCII)
@@ -86,6 +87,20 @@ def parse_policy(text: str) -> Policy:
     if mode == "retry" and duration:
         return Policy("retry", parse_duration(duration))
     raise UsageError(f"reading a policy failed: {text!r}: want eio:DURATION, retry:DURATION or hang")
+
+
+def parse_path(text: str) -> Path:
+    """A path of the caller's. An empty one would be the working directory, which nobody has named."""
+    if not text:
+        raise UsageError("reading a path failed: '': it is empty")
+    return Path(text)
+
+
+def parse_jobs(text: str) -> int:
+    """A number of threads."""
+    if not (text.isascii() and text.isdigit() and 0 < int(text) <= _JOBS_MAX):
+        raise UsageError(f"reading a number of threads failed: {text!r}: want 1 to {_JOBS_MAX}")
+    return int(text)
 
 
 def default_root(environment: Mapping[str, str], uid: int) -> Path:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -244,12 +245,15 @@ def _credentials(sock: socket.socket) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def address_of(path: Path) -> Iterator[str]:
-    """What to bind or connect to for a socket at `path`, however long the path is."""
+    """What to bind or connect to for a socket at `path`, however long its directory's. OSError for too long a name."""
     if len(os.fsencode(path)) <= _PATH_MAX:
         yield os.fspath(path)
         return
     directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield f"/proc/self/fd/{directory}/{path.name}"
+        address = f"/proc/self/fd/{directory}/{path.name}"
+        if len(os.fsencode(address)) > _PATH_MAX:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path))
+        yield address
     finally:
         os.close(directory)

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from blockdev.control import member
-from blockdev.errors import AccessDenied, BlockdevError, CorruptImage, EngineError, NotFound, UsageError
+from blockdev.errors import CorruptImage, NotFound, UsageError
+from blockdev.regular import open_regular
 from blockdev.upper import claim, lock
 from formats import imagespec, layout, oci
 from formats.digests import Place
@@ -65,6 +65,12 @@ class Origin:
     def writable(self) -> tuple[int, int] | None:
         """Descriptors of the files that writes go to."""
         return (self.upper[0].fd, self.upper[1].fd) if self.write else None
+
+    @property
+    def files(self) -> list[tuple[str, int]]:
+        """Name and descriptor of each file that is open here."""
+        names = {part.fd: part.name for part in (*self.layers, *self.upper)}
+        return [(names.get(fd, self.name), fd) for fd in self._open]
 
     def to_wire(self) -> tuple[dict[str, Any], list[int]]:
         """The JSON object and the descriptors that from_wire() makes an Origin of."""
@@ -151,21 +157,8 @@ def _lay_over(origin: Origin, files: Sequence[str]) -> None:
 
 def open_file(path: str, *, write: bool = False) -> Part:
     """A Part of a regular file or block device, opened for reading (or writing too). The caller closes its fd."""
-    if "\0" in path:
-        raise UsageError(f"opening a file failed: {path!r}: no path has a NUL in it")
-    try:
-        fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise _cannot_open(path, error) from None
-    try:
-        kind = os.fstat(fd).st_mode
-        if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
-            hint = f" (an image layout is {LAYOUT_PREFIX}{path})" if stat.S_ISDIR(kind) else ""
-            raise UsageError(f"opening a layer failed: {path}: neither a file nor a block device{hint}")
-        return Part(path, os.lseek(fd, 0, os.SEEK_END), fd=fd)
-    except BaseException:
-        os.close(fd)
-        raise
+    fd = open_regular(path, "opening a file failed", write=write)
+    return Part(path, os.lseek(fd, 0, os.SEEK_END), fd=fd)
 
 
 def _open_part(origin: Origin, path: str, digest: str = "", size: int = -1, *, write: bool = False) -> Part:
@@ -208,6 +201,8 @@ def _locate_config(origin: Origin, path: str, file: Part) -> None:
 
 def _locate_layout(origin: Origin, place: str) -> None:
     directory, tag = place, None
+    if not place:
+        raise UsageError(f"reading the image name failed: {origin.name}: want {LAYOUT_PREFIX}DIR[:TAG]")
     if not Path(directory).is_dir():
         directory, _, tag = place.rpartition(":")
         if not (directory and tag):
@@ -260,7 +255,8 @@ def block_layers(name: str, manifest: oci.Manifest) -> list[BlockLayer]:
     if any(oci.turbo_target(layer) for layer in layers):
         raise UsageError(f"opening the image failed: {name}: TurboOCI layers are not supported")
     if layers and all(layer.media_type.endswith(("gzip", "zstd")) and not oci.is_overlaybd(layer) for layer in layers):
-        raise UsageError(f"opening the image failed: {name}: an ordinary image, its layers are archives, not blocks")
+        why = "an ordinary image, its layers are archives, not blocks (ociblk convert makes a block image of it)"
+        raise UsageError(f"opening the image failed: {name}: {why}")
     return [_block_layer(layer) for layer in layers]
 
 
@@ -298,11 +294,3 @@ def _reference(text: str) -> str:
     except FormatError as error:
         hint = "" if "/" not in text else f", and there is no file {text}"
         raise UsageError(f"reading the image name failed: {text}: {error}{hint}") from None
-
-
-def _cannot_open(path: str, error: OSError) -> BlockdevError:
-    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        return NotFound(f"opening a file failed: {path}: {error.strerror}")
-    if isinstance(error, PermissionError):
-        return AccessDenied(f"opening a file failed: {path}: {error.strerror}")
-    return EngineError(f"opening a file failed: {path}: {error.strerror}")

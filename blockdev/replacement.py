@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -58,6 +58,30 @@ def _make_like(before: os.stat_result, fd: int) -> None:
     if (made.st_uid, made.st_gid) != (before.st_uid, before.st_gid):
         os.fchown(fd, before.st_uid, before.st_gid)
     os.fchmod(fd, before.st_mode & 0o777)
+
+
+def check_apart(output: str | Path | int, inputs: Iterable[tuple[str, str | Path | int]]) -> None:
+    """UsageError if what is to be written is one of what it is made of, by whatever name.
+
+    Each input is its name, and its path or descriptor. What does not exist is for others to find.
+    """
+    try:
+        written = _identity(output)
+    except OSError:
+        return
+    for name, read in inputs:
+        with suppress(OSError):
+            if _identity(read) == written and written is not None:
+                shown = "stdout" if output == 1 else output
+                raise UsageError(f"write file: {shown}: it is {name}, which is read for it")
+
+
+def _identity(file: str | Path | int) -> tuple[int, ...] | None:
+    """Equal for two names of one file or block device; None for what keeps no bytes."""
+    found = os.stat(file)  # noqa: PTH116 - of a descriptor too
+    if stat.S_ISBLK(found.st_mode):
+        return (found.st_rdev,)
+    return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
 
 
 def sync_directory(path: Path) -> None:

@@ -262,10 +262,10 @@ class Session:
         return self._owner.fsck(Check(names, check), repair, self._progress()).to_json()
 
     def _export(self, message: Message) -> Body:
-        """Write the disk to the last descriptor."""
-        target = message.descriptor(-1)
+        """Write the disk to the last descriptor, which the caller calls "output"."""
+        target, name = message.descriptor(-1), message.member("output", str)
         with self._open(message) as stack:
-            export_image(stack.image, target, self._progress())
+            export_image(stack.image, target, name, self._progress())
             return {"size": stack.image.size}
 
     def _disk(self, message: Message) -> Body:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from blockdev.errors import CorruptImage, DeviceError, UsageError, from_os
 from blockdev.ranges import write_at
+from blockdev.regular import open_regular
 from blockdev.replacement import replacing, sync_directory
 from formats import lsmt
 from formats.errors import FormatError
@@ -157,12 +158,9 @@ def open_sealed_file(path: Path) -> Iterator[tuple[FileAt, lsmt.Sealed]]:
 
 
 def _open(path: Path, undo: ExitStack, *, change: bool) -> int:
-    try:
-        fd = os.open(path, (os.O_RDWR if change else os.O_RDONLY) | os.O_CLOEXEC)
-        undo.callback(os.close, fd)
-        return fd
-    except OSError as error:
-        raise from_os("open writable layer", error, str(path)) from None
+    fd = open_regular(path, "open writable layer", write=change)
+    undo.callback(os.close, fd)
+    return fd
 
 
 # ---- changing a pair that nobody has open ----

@@ -7,6 +7,7 @@ overlaybd-commit does it. The layer is there whole or not at all.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -134,7 +135,7 @@ def _head(head: Head, options: CommitOptions) -> Head:
     """What the options say of it; the rest as it is."""
     parent = options.parent_uuid if options.parent_uuid is not None else head.parent_uuid or NULL_UUID
     return replace(
-        head, uuid=options.layer.uuid.upper(), parent_uuid=parent.upper(), user_tag=options.message.encode()
+        head, uuid=options.layer.uuid.upper(), parent_uuid=parent.upper(), user_tag=os.fsencode(options.message)
     )
 
 

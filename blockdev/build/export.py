@@ -22,8 +22,10 @@ _GRAIN = 64 << 10  # zeros are looked for in units of this: larger than any file
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
-def export_image(image: OpenImage, fd: int, progress: Progress | None = None) -> None:
-    """Write the disk to fd, from its start on. A regular file is emptied first and ends at the disk's size.
+def export_image(image: OpenImage, fd: int, name: str, progress: Progress | None = None) -> None:
+    """Write the disk to fd, which messages call `name`, from its start on.
+
+    A regular file is emptied first and ends at the disk's size.
 
     CorruptImage, SourceError; BrokenPipeError if the reader of a pipe leaves; what else writing meets, such as
     a full disk, as from_os() says.
@@ -37,7 +39,7 @@ def export_image(image: OpenImage, fd: int, progress: Progress | None = None) ->
     except BrokenPipeError:  # the reader has had enough, which is no failure of ours
         raise
     except OSError as error:
-        raise from_os("write disk", error, f"descriptor {fd}") from error
+        raise from_os("write disk", error, name) from error
 
 
 def _copy(image: OpenImage, fd: int, progress: Progress, *, sparse: bool) -> None:

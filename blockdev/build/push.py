@@ -26,6 +26,7 @@ from blockdev.errors import CorruptImage, UsageError, from_os
 from blockdev.image import OpenImage, open_image
 from blockdev.layer import NamedBlob
 from blockdev.registry.client import Client
+from blockdev.regular import open_regular
 from formats import digests, oci, superblock, tar
 from formats.errors import FormatError
 
@@ -102,10 +103,7 @@ def _prepare(paths: Sequence[Path], stack: ExitStack) -> tuple[list[_Blob], str]
     """What to push, and the file system that the disk holds ("" if none is known)."""
     files = []
     for path in paths:
-        try:
-            files.append(stack.enter_context(path.open("rb")))
-        except OSError as error:
-            raise from_os("push", error, str(path)) from error
+        files.append(stack.enter_context(os.fdopen(open_regular(path, "push"), "rb")))
     tables: list[digests.Table | None] = []
     with ExitStack() as reading:
         engine = reading.enter_context(Engine(work_threads=1))

@@ -19,11 +19,10 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from blockdev.cli import stdio
-from blockdev.config import DEFAULT_POLICY, default_root, parse_policy, parse_size
+from blockdev.config import DEFAULT_POLICY, default_root, parse_jobs, parse_path, parse_policy, parse_size
 from blockdev.errors import BlockdevError, EngineError, UsageError, from_os
 
 # name: module, one line of help
@@ -161,7 +160,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     args = parser.parse_args(arguments)
-    args.root = Path(getattr(args, "root", None) or default_root(os.environ, os.geteuid()))
+    args.root = getattr(args, "root", None) or default_root(os.environ, os.geteuid())
     args.json = getattr(args, "json", False)
     args.debug = getattr(args, "debug", False) or os.environ.get("OCIBLK_DEBUG") == "1"
     if args.debug:
@@ -172,7 +171,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _common_options() -> _Parser:
     """Options that may stand before or after the command; absent ones set nothing."""
     common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("--root", metavar="DIR", help="directory of cache, state and owner (default: $OCIBLK_ROOT)")
+    common.add_argument("--root", metavar="DIR", type=parse_path, help="for cache and owner (default: $OCIBLK_ROOT)")
     common.add_argument("--json", action="store_true", help="print results as JSON")
     common.add_argument("--debug", action="store_true", help="log more; show tracebacks")
     return common
@@ -199,11 +198,11 @@ def add_upper_options(parser: argparse.ArgumentParser) -> None:
 
 def add_layer_options(parser: argparse.ArgumentParser) -> None:
     """How the layer that a command makes of others is stored, and what its head says."""
-    parser.add_argument("-o", "--output", metavar="LAYER", type=Path, required=True)
+    parser.add_argument("-o", "--output", metavar="LAYER", type=parse_path, required=True)
     parser.add_argument("-m", "--message", metavar="TEXT", default="", help="kept in the head, at most 256 bytes")
     parser.add_argument("--codec", choices=["none", "lz4", "zstd"], default="lz4", help="(default %(default)s)")
     parser.add_argument("--block-size", metavar="N", type=parse_size, default=4096, help="bytes (default %(default)s)")
-    parser.add_argument("--jobs", metavar="N", type=int, help="threads that compress (default: one for each core)")
+    parser.add_argument("--jobs", metavar="N", type=parse_jobs, help="threads that compress (default: one a core)")
     parser.add_argument("--tar", action="store_true", help="wrap the layer in a tar, as registries have it")
     parser.add_argument("--uuid", metavar="U", default=_NULL_UUID, help="of the layer (default: all zeros)")
     parser.add_argument("--parent-uuid", metavar="P", help="of the layer below it (default: as it was)")

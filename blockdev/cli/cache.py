@@ -12,6 +12,7 @@ from typing import Any
 
 from blockdev import client
 from blockdev.cli import text
+from blockdev.config import parse_path
 from blockdev.errors import NotFound, UsageError, from_os
 from blockdev.origin import LAYOUT_PREFIX, open_file
 from blockdev.root import Root
@@ -58,7 +59,7 @@ def _blobs(file: str) -> Iterator[Path]:
     if not file.startswith(LAYOUT_PREFIX):
         yield Path(file)
         return
-    folder = Path(file.removeprefix(LAYOUT_PREFIX), "blobs")
+    folder = parse_path(file.removeprefix(LAYOUT_PREFIX)) / "blobs"
     try:
         found = sorted(path for kind in folder.iterdir() for path in kind.iterdir() if _digest_of(path))
     except OSError as error:

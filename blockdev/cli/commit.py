@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 
 from blockdev.cli import add_layer_options, text
+from blockdev.config import parse_path
+from blockdev.replacement import check_apart
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", type=Path, help="data file, or a sealed layer")
-    parser.add_argument("index", metavar="INDEX", type=Path, nargs="?", help="index file; none for a sealed layer")
+    parser.add_argument("data", metavar="DATA", type=parse_path, help="data file, or a sealed layer")
+    parser.add_argument("index", metavar="INDEX", type=parse_path, nargs="?", help="index file; none if it is sealed")
     add_layer_options(parser)
 
 
@@ -21,6 +22,7 @@ def run(args: argparse.Namespace) -> None:
     from blockdev.build.commit import commit_pair
     from blockdev.cli.layering import commit_options
 
+    check_apart(args.output, [(str(path), path) for path in (args.data, args.index) if path])
     made = commit_pair(args.data, args.index, args.output, commit_options(args), text.progress("committed"))
     if args.json:
         text.print_json({"layer": str(args.output), **asdict(made)})

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 
 from blockdev.cli import text
+from blockdev.config import parse_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", type=Path)
-    parser.add_argument("index", metavar="INDEX", type=Path)
+    parser.add_argument("data", metavar="DATA", type=parse_path)
+    parser.add_argument("index", metavar="INDEX", type=parse_path)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockdev import client
 from blockdev.cli import add_registry_options, text
-from blockdev.config import parse_size
+from blockdev.config import parse_jobs, parse_size
 from blockdev.errors import UsageError
 from blockdev.root import Root
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     which.add_argument("--all-platforms", action="store_true", help="every image of an index")
     parser.add_argument("--referrer", action="store_true", help="to be found from its source, in the same repository")
-    parser.add_argument("--jobs", metavar="N", type=int, help="threads that compress (default: one for each core)")
+    parser.add_argument("--jobs", metavar="N", type=parse_jobs, help="threads that compress (default: one a core)")
     add_registry_options(parser)
 
 

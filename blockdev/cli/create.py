@@ -4,17 +4,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from blockdev.cli import text
-from blockdev.config import parse_size
+from blockdev.config import parse_path, parse_size
 
 _NULL_UUID = "00000000-0000-0000-0000-000000000000"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", type=Path)
-    parser.add_argument("index", metavar="INDEX", type=Path)
+    parser.add_argument("data", metavar="DATA", type=parse_path)
+    parser.add_argument("index", metavar="INDEX", type=parse_path)
     parser.add_argument(
         "--size", metavar="N", type=parse_size, default=0, help="bytes of the disk (default: as the image below it)"
     )

@@ -11,13 +11,13 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import Path
 
 from blockdev.cli import add_image_options, stdio, text
 from blockdev.cli.ask import ask_owner
+from blockdev.config import parse_path
 from blockdev.errors import UsageError, from_os
 from blockdev.origin import Origin, locate
-from blockdev.replacement import replacing
+from blockdev.replacement import check_apart, replacing
 
 STDOUT = "-"
 
@@ -30,42 +30,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the disk; of a local image without an owner."""
-    with locate(args.image) as origin, _output(args.output) as fd:
+    name = "stdout" if args.output == STDOUT else args.output
+    with locate(args.image) as origin, _output(args.output, origin) as fd:
         show = text.progress("written")
         if origin.local:
-            size = _write(origin, fd, show)
+            size = _write(origin, fd, name, show)
         else:
-            answer = ask_owner(args, "export", origin, [fd], show=show)
+            answer = ask_owner(args, "export", origin, [fd], extra={"output": name}, show=show)
             size = answer["size"]
     if args.json and args.output != STDOUT:
         text.print_json({"image": args.image, "output": args.output, "size": size})
 
 
-def _write(origin: Origin, fd: int, show: text.Show) -> int:
+def _write(origin: Origin, fd: int, name: str, show: text.Show) -> int:
     from blockdev.build.export import export_image
     from blockdev.engine import Engine
     from blockdev.stack import open_local
 
     with Engine() as engine, open_local(engine, origin) as stack:
-        export_image(stack.image, fd, show)
+        export_image(stack.image, fd, name, show)
         return stack.image.size
 
 
 @contextlib.contextmanager
-def _output(name: str) -> Iterator[int]:
+def _output(name: str, origin: Origin) -> Iterator[int]:
     """A descriptor to write to; what is written to a regular file counts only if the block ends well."""
     if name == STDOUT:
-        yield stdio.content_stream("stdout", "exporting")
+        stdout = stdio.content_stream("stdout", "exporting")
+        check_apart(stdout, origin.files)
+        yield stdout
         return
-    if Path(name).is_dir():
+    path = parse_path(name)
+    check_apart(path, origin.files)
+    if path.is_dir():
         raise UsageError(f"exporting failed: {name}: it is a directory")
     try:
-        regular = stat.S_ISREG(Path(name).stat().st_mode)
+        regular = stat.S_ISREG(path.stat().st_mode)
     except FileNotFoundError:
         regular = True
     except OSError as error:
         raise from_os("exporting failed", error, name) from None
-    with replacing(Path(name)) if regular else _device(name) as fd:
+    with replacing(path) if regular else _device(name) as fd:
         yield fd
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from blockdev.cli import add_layer_options, text
 from blockdev.errors import UsageError
 from blockdev.origin import locate
+from blockdev.replacement import check_apart
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,7 @@ def run(args: argparse.Namespace) -> None:
     with locate(args.image) as origin:
         if not origin.local:
             raise UsageError(f"merging failed: {args.image}: its layers are not all in local files")
+        check_apart(args.output, origin.files)
         with Engine() as engine, open_local(engine, origin) as stack:
             made = merge_image(stack.image, args.output, commit_options(args), text.progress("merged"))
     if args.json:

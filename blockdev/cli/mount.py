@@ -18,6 +18,7 @@ from pathlib import Path
 from blockdev import beneath, client, mountpoint
 from blockdev.cli import add_image_options, add_upper_options, text
 from blockdev.cli.ask import image_request, locate_upper
+from blockdev.config import parse_path
 from blockdev.errors import BlockdevError, DeviceError, UsageError, from_os
 from blockdev.root import Root
 
@@ -26,7 +27,7 @@ _PROGRAM = Path(__file__).resolve().parent
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_upper_options(parser)
-    parser.add_argument("target", metavar="DIR", type=Path, help="where to; with --raw a file, made if there is none")
+    parser.add_argument("target", metavar="DIR", type=parse_path, help="where to; with --raw a file, made if missing")
     parser.add_argument("-o", dest="options", metavar="OPTS", default="", help="mount options, over nodev,nosuid[,ro]")
     parser.add_argument("--raw", action="store_true", help="show the disk as a file instead of mounting what is on it")
     add_image_options(parser)

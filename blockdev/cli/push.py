@@ -9,17 +9,17 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import asdict
-from pathlib import Path
 
 from blockdev import client
 from blockdev.cli import add_registry_options, text
 from blockdev.cli.ask import certificates
+from blockdev.config import parse_path
 from blockdev.errors import UsageError
 from blockdev.root import Root
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("layers", metavar="LAYER", nargs="+", type=Path, help="layer files, bottom first")
+    parser.add_argument("layers", metavar="LAYER", nargs="+", type=parse_path, help="layer files, bottom first")
     parser.add_argument("reference", metavar="REFERENCE", help="where to, with a tag")
     add_registry_options(parser)
 

@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from blockdev.cli import text
-from blockdev.config import parse_size
+from blockdev.config import parse_path, parse_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", type=Path)
-    parser.add_argument("index", metavar="INDEX", type=Path)
+    parser.add_argument("data", metavar="DATA", type=parse_path)
+    parser.add_argument("index", metavar="INDEX", type=parse_path)
     parser.add_argument("--size", metavar="N", type=parse_size, required=True, help="bytes; 0: as the image below it")
 
 

@@ -22,7 +22,8 @@ from pathlib import Path
 from blockdev import client, control
 from blockdev.cli import add_image_options, add_upper_options, text
 from blockdev.cli.ask import image_request, locate_upper
-from blockdev.errors import AccessDenied, DeviceError, NotFound, UsageError
+from blockdev.config import parse_path
+from blockdev.errors import AccessDenied, DeviceError, UsageError, from_os
 from blockdev.root import Root
 from blockdev.transport.nbd import tcp_uri, unix_uri
 
@@ -35,7 +36,7 @@ _PROBE_LIMIT = 5.0  # seconds for a server at our path to accept
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_upper_options(parser)
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--socket", metavar="PATH", type=Path, help="listen on a Unix socket")
+    where.add_argument("--socket", metavar="PATH", type=parse_path, help="listen on a Unix socket")
     where.add_argument("--port", metavar="N", type=int, help="listen on a TCP port; 0 picks a free one")
     parser.add_argument("--bind", metavar="ADDR", help=f"with --port: address to listen on (default {_LOOPBACK})")
     parser.add_argument("--export", metavar="NAME", default="", help="name of the export, beside the empty one")
@@ -126,11 +127,11 @@ def _listening_at(path: Path) -> Iterator[socket.socket]:
             listener.bind(address)
         ours = path.lstat()
         listener.listen(_BACKLOG)
-    except FileNotFoundError:
-        raise NotFound(f"listening failed: {path}: no such directory") from None
     except OSError as error:
-        kind = DeviceError if error.errno == errno.EADDRINUSE else AccessDenied
-        raise kind(f"listening failed: {path}: {error.strerror}") from None
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise DeviceError(f"listening failed: {path}: {error.strerror}") from None
+        raise from_os("listening failed", error, str(path)) from None
     try:
         yield listener
     finally:

@@ -33,7 +33,7 @@ class Sides:
         """All names and attributes of a side are read; of an ordinary image the contents, too."""
         if name.startswith(LAYOUT_PREFIX):
             return self._image(name)
-        if Path(name).is_dir():
+        if name and Path(name).is_dir():
             return Folder(name)
         with locate(name) as origin:
             reference = origin.reference

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from blockdev import client, mountpoint
 from blockdev.cli import text
+from blockdev.config import parse_path
 from blockdev.errors import BlockdevError, DeviceError, EngineError, NotFound
 from blockdev.mountpoint import Mounted
 from blockdev.root import Root, is_mount_file
@@ -26,7 +27,7 @@ class NotSynced(EngineError):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="DIR", type=Path, help="where it is mounted; or the file of mount --raw")
+    parser.add_argument("target", metavar="DIR", type=parse_path, help="where it is mounted, or mount --raw's file")
     parser.add_argument("--force", action="store_true", help="even if it is in use: its users get errors from now on")
 
 

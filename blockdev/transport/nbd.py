@@ -42,13 +42,17 @@ _connection_ids = itertools.count(1)
 
 def unix_uri(path: str, name: str = "") -> str:
     """The NBD URI of an export behind a Unix socket. Clients take a relative path as their own."""
-    return f"nbd+unix:///{quote(name, safe='')}?socket={quote(path)}"
+    return f"nbd+unix:///{_quoted(name)}?socket={quote(os.fsencode(path))}"
 
 
 def tcp_uri(host: str, port: int, name: str = "") -> str:
     """The NBD URI of an export behind a TCP port; host is a name or an address."""
     host = f"[{quote(host, safe=':')}]" if ":" in host else quote(host)
-    return f"nbd://{host}:{port}/{quote(name, safe='')}"
+    return f"nbd://{host}:{port}/{_quoted(name)}"
+
+
+def _quoted(name: str) -> str:
+    return quote(os.fsencode(name), safe="")  # a name that is no text is the server's to refuse
 
 
 @dataclass(eq=False)

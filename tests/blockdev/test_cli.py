@@ -87,6 +87,71 @@ def test_an_error_is_one_line_and_its_exit_code(words: list[str], code: int, sai
     assert "Traceback" not in message
 
 
+_LONG = "n" * 300
+_LONG_SOCKET = "/".join(["d" * 100] * 2) + "/" + "s" * 120
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["import", ".", "-o", "out"], 2, "."),
+        (["import", "raw", "-o", "out", "--jobs", "0"], 2, "'0'"),
+        (["import", "raw", "-o", _LONG], 2, _LONG),
+        (["commit", ".", "index", "-o", "out"], 2, "."),
+        (["commit", "data", ".", "-o", "out"], 2, "."),
+        (["commit", "data", "index", "-o", "out", "--jobs", "-1"], 2, "-1"),
+        (["compact", ".", "."], 2, "."),
+        (["compact", "fifo", "index"], 2, "fifo"),
+        (["seal", ".", "index"], 2, "."),
+        (["merge", LAYER, "-o", "out", "--jobs", "0"], 2, "'0'"),
+        (["export", LAYER, "-o", _LONG], 2, _LONG),
+        (["push", ".", "127.0.0.1:1/a:1"], 2, "."),
+        (["push", "fifo", "127.0.0.1:1/a:1"], 2, "fifo"),
+        (["daemon", "--stop", "--root", "raw"], 3, "raw"),
+        (["ps", "--root", _LONG], 2, _LONG),
+        (["ps", "--root", f"{_LONG}/root"], 2, _LONG),
+        (["serve", LAYER, "--socket", _LONG], 2, _LONG),
+        (["serve", LAYER, "--socket", _LONG_SOCKET], 2, _LONG_SOCKET),
+        (["ps", "--root", ""], 2, "empty"),
+        (["umount", ""], 2, "empty"),
+        (["mount", LAYER, ""], 2, "empty"),
+        (["export", LAYER, "-o", ""], 2, "empty"),
+        (["commit", "", "index", "-o", "out"], 2, "empty"),
+        (["inspect", "oci:"], 2, "oci:DIR"),
+        (["cache", "add", "oci:"], 2, "empty"),
+        (["verify", "", "."], 2, "reading the image name"),
+    ],
+)
+def test_a_name_that_makes_no_sense_is_the_callers_matter(
+    words: list[str], code: int, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "raw").write_bytes(bytes(512))
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / _LONG_SOCKET).parent.mkdir(parents=True)
+    assert run("create", tmp_path / "data", tmp_path / "index", "--size", "1M").returncode == 0
+    before = sorted(tmp_path.iterdir())
+    command = [sys.executable, "-P", "-m", "blockdev", *map(str, words)]
+    environment = {**os.environ, "OCIBLK_ROOT": str(tmp_path / "root")}
+    try:
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60, env=environment
+        )
+    finally:
+        assert run("daemon", "--stop", "--root", tmp_path / "root").returncode == 0
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1)
+    assert said in done.stderr
+    assert "unexpected" not in done.stderr
+    assert [path for path in sorted(tmp_path.iterdir()) if path.name != "root"] == before
+
+
+def test_a_message_is_kept_byte_for_byte(tmp_path: Path) -> None:
+    assert run("create", tmp_path / "data", tmp_path / "index", "--size", "1M").returncode == 0
+    command = f"{sys.executable} -m blockdev commit data index -o layer --codec none -m $'\\xff'"
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent.parent)}
+    subprocess.run(["bash", "-c", command], check=True, timeout=60, cwd=tmp_path, env=environment)
+    assert (tmp_path / "layer").read_bytes()[:512].rstrip(b"\0").endswith(b"\xff")
+
+
 def test_a_defect_is_one_line_and_a_traceback_only_when_asked_for() -> None:
     code = (
         "import sys; from blockdev import cli; from blockdev.cli import version\n"
@@ -187,6 +252,7 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path: Path, output: str, 
     done = run("export", LAYER, "-o", tmp_path / output)
     assert done.returncode == code
     assert done.stderr.count(b"\n") == 1
+    assert str(tmp_path / output) in done.stderr.decode()
 
 
 def test_an_export_to_a_device_writes_every_byte(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_an_existing_file_is_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("/dev/null", UsageError),
         ("oci:/nonexistent", NotFound),
         ("oci:/nonexistent:tag", NotFound),
-        ("oci:", NotFound),
+        ("oci:", UsageError),
         ("A:B:C", UsageError),
         ("https://example.org/image", UsageError),
         ("", UsageError),

@@ -58,6 +58,27 @@ def test_serve_prints_one_uri_that_is_usable_at_once_and_ends_well(tmp_path: Pat
     assert devices(run) == []
 
 
+def test_a_path_that_is_no_text_breaks_neither_the_uri_nor_ps(tmp_path: Path, run: Run, start: Start) -> None:
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\x1b\n")
+    Path(folder).mkdir()
+    layer = Path(folder, "layer")
+    layer.write_bytes(LAYER.read_bytes())
+    serving = start("serve", layer, "--socket", f"{folder}/s")
+    assert uri_of(serving) == f"nbd+unix:///?socket={tmp_path}/%FF%1B%0A/s"
+    shown = run("ps", PYTHONIOENCODING="utf-8:strict")
+    assert (shown.returncode, len(shown.stdout.splitlines())) == (0, 2)
+    assert f"{tmp_path}/\\xff\\x1b\\n/layer" in shown.stdout
+    assert devices(run)[0]["image"] == str(layer)
+    serving.terminate()
+    assert ended(serving) == (0, "")
+
+
+def test_an_export_whose_name_is_no_text_is_refused(tmp_path: Path, run: Run) -> None:
+    refused = run("serve", LAYER, "--socket", tmp_path / "s", "--export", os.fsdecode(b"ex\xffp"))
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert "not UTF-8" in refused.stderr
+
+
 def test_serve_says_the_uri_as_json_too(tmp_path: Path, start: Start) -> None:
     serving = start("serve", LAYER, "--socket", tmp_path / "s", "--json")
     assert json.loads(uri_of(serving)) == {"v": 1, "uri": f"nbd+unix:///?socket={tmp_path}/s"}

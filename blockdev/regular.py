@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opening what holds bytes at offsets: a regular file or a block device, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from blockdev.errors import UsageError, from_os
+
+
+def open_regular(path: str | Path, doing: str, *, write: bool = False) -> int:
+    """A descriptor for reading (or writing too). Waits for nobody. UsageError for a path of another kind."""
+    if "\0" in str(path):
+        raise UsageError(f"{doing}: {str(path)!r}: no path has a NUL in it")
+    try:
+        fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise from_os(doing, error, str(path)) from None
+    kind = os.fstat(fd).st_mode
+    if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+        os.close(fd)
+        hint = f" (an image layout is oci:{path})" if stat.S_ISDIR(kind) else ""
+        raise UsageError(f"{doing}: {path}: neither a file nor a block device{hint}")
+    return fd
