@@ -46,6 +46,8 @@ _NAME_COST = 400
 
 _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
+_AUFS = b".wh..wh."  # what AUFS keeps for itself at the root of a layer
+_AUFS_LINKS = b".wh..wh.plnk"  # files that hard links of the layer may be for
 _PLACES_KEPT = 1024
 _SHOWN = 300  # bytes of a path in a message
 
@@ -93,12 +95,15 @@ class _Merge:
         self._store = store
         self._places: dict[bytes, Node] = {}  # directories by the path that led there
         self._upper: dict[Node, set[bytes]] = {}  # names that this layer has put, and those on the way to them
+        self._aufs_links: dict[bytes, Node] = {}
         self._follow_left = _FOLLOWED_ONCE  # bytes of targets
         self._cleared: set[Node] = set()  # directories with nothing of lower layers left in them
 
     def add(self, member: Member, archive: Archive) -> None:
         """One member, whose content is read from the archive."""
         self._follow_left += _FOLLOWED_EACH
+        if _AUFS in member.path and self._is_aufs(member, archive):
+            return
         head, name = _split(member)
         if name.startswith(_WHITEOUT):
             self._hide(head, name, member)
@@ -178,8 +183,11 @@ class _Merge:
     def _linked(self, member: Member) -> Node:
         """What a hard link is to be a further name of: not what it has just replaced, nor what comes later."""
         parts = _cleaned(member.link, member)
-        trail = self._walk(parts[:-1], member)
-        node = _child(trail[-1], parts[-1]) if parts else None
+        if parts[:1] == [_AUFS_LINKS]:
+            node = self._aufs_links.get(parts[-1])
+        else:
+            trail = self._walk(parts[:-1], member)
+            node = _child(trail[-1], parts[-1]) if parts else None
         if node is None:
             raise _refused(f"hard link to {_shown(member.link)}, which is not there", member)
         if node.children is not None:
@@ -229,6 +237,17 @@ class _Merge:
                     gone.append(child)
 
     # ---- whiteouts ----
+
+    def _is_aufs(self, member: Member, archive: Archive) -> bool:
+        """Whether it is no part of the image but AUFS's own, whose files hard links may name all the same."""
+        parts = _cleaned(member.path, member)
+        if not parts or not parts[0].startswith(_AUFS) or parts == [_OPAQUE]:
+            return False
+        if parts[0] == _AUFS_LINKS and member.kind is Kind.FILE:
+            self._spend(_NAME_COST + len(parts[-1]), member)
+            node = self._aufs_links[parts[-1]] = self._made(member, archive)
+            node.links = 0
+        return True
 
     def _hide(self, head: bytes, name: bytes, member: Member) -> None:
         """A whiteout: what lower layers have under a name, or all that they have in a directory, goes."""

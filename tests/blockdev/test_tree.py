@@ -154,6 +154,19 @@ def test_a_replaced_link_leads_nowhere_any_more() -> None:
 
 # ---- whiteouts ----
 
+
+def test_what_aufs_keeps_for_itself_is_left_out_but_for_what_links_name() -> None:
+    kept = file(b"./.wh..wh.plnk/12.34", b"content", mode=0o4711) + file(b".wh..wh.plnk/5", b"unused")
+    own = folder(b".wh..wh.plnk") + kept + folder(b"/.wh..wh.orph/") + file(b".wh..wh.orph/x/y") + file(b".wh..wh.aufs")
+    links = hardlink(b"a", b".wh..wh.plnk/12.34") + hardlink(b"d/b", b"/.wh..wh.plnk/12.34") + file(b".wh..wh..opq")
+    contents = Contents()
+    tree = merged(file(b"lower"), own + links, contents=contents)
+    assert names(tree) == [b"a", b"d", b"d/b"]
+    assert at(tree, b"a") is at(tree, b"d/b")
+    assert (at(tree, b"a").links, at(tree, b"a").mode & 0o7777) == (2, 0o4711)
+    assert contents.of(at(tree, b"a")) == b"content"
+    refused(own, links, why="which is not there")
+
 LOWER = folder(b"d", uid=7) + file(b"d/f") + file(b"d/g") + folder(b"d/s") + file(b"d/s/x") + file(b"other")
 ALL = [b"d", b"d/f", b"d/g", b"d/s", b"d/s/x", b"other"]
 
