@@ -163,11 +163,12 @@ def shown(value: str) -> str:
 
 @dataclass(frozen=True)
 class Platform:
-    """What an image runs on, in Go's words. An empty variant fits any."""
+    """What an image runs on, in Go's words. An empty variant fits any. more: other fields, kept as they are."""
 
     os: str
     architecture: str
     variant: str = ""
+    more: Mapping[str, Any] = field(default_factory=dict, compare=False, kw_only=True)
 
     @classmethod
     def of_machine(cls, machine: str) -> Platform:
@@ -178,6 +179,11 @@ class Platform:
         """Whether an image for `other` may run here."""
         same = (self.os, self.architecture) == (other.os, other.architecture)
         return same and (not self.variant or not other.variant or self.variant == other.variant)
+
+    def build(self) -> dict[str, Any]:
+        """As a JSON object."""
+        given = {**self.more, "os": self.os, "architecture": self.architecture}
+        return given | ({"variant": self.variant} if self.variant else {})
 
     def __str__(self) -> str:
         return "/".join(part for part in (self.os, self.architecture, self.variant) if part)
@@ -202,8 +208,7 @@ class Descriptor:
         if self.annotations:
             document["annotations"] = dict(self.annotations)
         if self.platform:
-            given = {"os": self.platform.os, "architecture": self.platform.architecture}
-            document["platform"] = given | ({"variant": self.platform.variant} if self.platform.variant else {})
+            document["platform"] = self.platform.build()
         return document
 
 
@@ -351,7 +356,9 @@ def _descriptor(value: object, place: str) -> Descriptor:
     platform = None
     if values.get("platform") is not None:
         inner = _object(values["platform"], f"{place}.platform")
-        platform = Platform(*(text(inner, key, f"{place}.platform") for key in ("os", "architecture", "variant")))
+        names = ("os", "architecture", "variant")
+        more = {key: value for key, value in inner.items() if key not in names}
+        platform = Platform(*(text(inner, key, f"{place}.platform") for key in names), more=more)
     kind, artifact = text(values, "mediaType", place), text(values, "artifactType", place)
     return Descriptor(kind, digest, size, _annotations(values, place), platform, artifact)
 

@@ -207,6 +207,9 @@ def test_progress_ends_where_it_should(converter: Converter, source: Path, targe
 # ---- platforms and referrers ----------------------------------------------------------------
 
 
+_WITH_MORE = {"os": "linux", "architecture": "amd64", "os.version": "10.0.1", "os.features": ["x", "y"]}
+
+
 @pytest.fixture
 def platforms(tmp_path: Path, source: Path) -> Path:
     """Two images under one name, and an attestation of which nothing is there."""
@@ -215,7 +218,7 @@ def platforms(tmp_path: Path, source: Path) -> Path:
     first, second = (json.loads((folder / "index.json").read_bytes())["manifests"][0] for folder in (source, other))
     first.pop("annotations")
     entries = [
-        {**first, "platform": {"os": "linux", "architecture": "amd64"}},
+        {**first, "platform": _WITH_MORE},
         {
             **second,
             "annotations": {"kept": "yes"},
@@ -242,7 +245,7 @@ def test_all_platforms_become_an_index_without_attestations(
     made = converter(platforms, target)
     index = manifest(target)
     assert [entry["platform"] for entry in index["manifests"]] == [
-        {"os": "linux", "architecture": "amd64"},
+        _WITH_MORE,
         {"os": "linux", "architecture": "arm64", "variant": "v8"},
     ]
     assert index["manifests"][1]["annotations"] == {"kept": "yes"}
