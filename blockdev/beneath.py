@@ -72,6 +72,8 @@ def _files_of(device: int) -> Iterator[str]:
         major, minor = map(int, slave.read_text().split(":"))
         yield from _files_of(os.makedev(major, minor))
     try:
-        yield (folder / "loop/backing_file").read_text(errors="surrogateescape").rstrip("\n")
+        file = (folder / "loop/backing_file").read_text(errors="surrogateescape").rstrip("\n")
     except FileNotFoundError:
         return
+    if file != syscalls.NOWHERE:
+        yield file

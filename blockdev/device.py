@@ -89,6 +89,7 @@ class Device:
         self.transport: Transport | None = None
         self.where = ""  # the NBD URI, the directory: what its user calls it by
         self.how = ""  # such as "ext4, /dev/loop0"
+        self.connection: int | None = None  # of a FUSE file: its number in the kernel of who mounted it
         self.error = ""  # the last thing that went wrong on its behalf
         self.since = time.time()
         self._state = State.ATTACHING
@@ -182,6 +183,7 @@ class Device:
             "front_end": self.transport.name if self.transport else "",
             "where": self.where,
             "how": self.how,
+            "connection": self.connection,
             "since": self.since,
             "mode": "lazy" if missing else "local",
             "reason": f"{missing} of {len(stats)} blobs still in the registry" if missing else "every blob is here",

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """An image in the caller's kernel: its FUSE file, and the file system inside it.
 
-    mount_file()        /dev/fuse mounted on a regular file: the image as one file
+    FuseFile            the image as one file that is mounted nowhere
     mount_filesystem()  what that file holds, mounted on a directory, through a loop
                         device, or (EROFS) straight from the file
-    umount()            takes both away again; force_umount() even when the server does
+    mount_file()        the image as one file that is mounted on a regular file
+    umount()            takes a mount away again; force_umount() even when the server does
                         not answer or files are open
 
 Runs with the caller's rights, in the caller's namespaces. What failed half-way is undone.
-umount and force_umount find everything in the mount table and sysfs, need no owner, and
+The FUSE file below a mounted directory is held by its loop device, or by EROFS, alone: whoever
+unmounts the directory, in whatever way, ends it, and its server learns that from the kernel.
+umount and force_umount find everything in the mount table and by the loop device, need no owner, and
 call nothing that waits for the server of a FUSE file (stat, open and close would): they
 return within UMOUNT_DEADLINE however dead or stopped that server is. sync() does wait.
 """
@@ -26,9 +29,12 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from blockdev import syscalls
-from blockdev.errors import DeviceError, NotFound, UsageError
+from blockdev.errors import DeviceError, NotFound, from_os
+from blockdev.mountoptions import MountOptions
+from blockdev.root import Root
 from blockdev.syscalls import MountEntry
 from formats import superblock
 
@@ -42,70 +48,10 @@ TEARDOWN_PATIENCE = 4.0  # seconds reads in flight may hold up a umount before t
 # eade54040384 in 7.0, and in these stable series from this version on.
 EROFS_FROM_FILE_SINCE = (7, 0)
 EROFS_FROM_FILE_STABLE = {(6, 12): 80, (6, 18): 21}
+LINK = "ociblk-"  # and the number of the connection: what EROFS of ours was mounted from, in the mount table
+LOOP_NAME = "ociblk"  # of our loop devices; a space and the root follow, where there is room
 FUSERMOUNT = "fusermount3"  # mounts FUSE for those who may not mount(2)
 LINKS_MAX = 40  # symbolic links followed in a path, as in the kernel
-
-
-# ---- options ----
-
-
-@dataclass(frozen=True)
-class MountOptions:
-    """What -o said: mount(2) flags, and options for the file system itself."""
-
-    flags: int
-    rest: tuple[str, ...] = ()
-
-
-_SETS = {
-    "ro": syscalls.MS_RDONLY,
-    "nosuid": syscalls.MS_NOSUID,
-    "nodev": syscalls.MS_NODEV,
-    "noexec": syscalls.MS_NOEXEC,
-    "nosymfollow": syscalls.MS_NOSYMFOLLOW,
-    "noatime": syscalls.MS_NOATIME,
-    "nodiratime": syscalls.MS_NODIRATIME,
-    "relatime": syscalls.MS_RELATIME,
-    "strictatime": syscalls.MS_STRICTATIME,
-}
-_CLEARS = {
-    "suid": syscalls.MS_NOSUID,
-    "dev": syscalls.MS_NODEV,
-    "exec": syscalls.MS_NOEXEC,
-    "symfollow": syscalls.MS_NOSYMFOLLOW,
-    "atime": syscalls.MS_NOATIME,
-    "diratime": syscalls.MS_NODIRATIME,
-    "norelatime": syscalls.MS_RELATIME,
-    "nostrictatime": syscalls.MS_STRICTATIME,
-}
-_REFUSED = {
-    "rw": "an image is read-only without --rw",
-    "remount": "umount and mount again",
-    "bind": "not a mount of an image",
-}
-_FOR_OTHERS = {"defaults", "auto", "noauto", "nofail", "_netdev", "user", "nouser", "users", "group", "owner"}
-
-
-def parse_options(text: str, *, writable: bool = False) -> MountOptions:
-    """The argument of -o, over the defaults ro (unless writable), nodev and nosuid. UsageError if it cannot be had.
-
-    What only fstab's readers care about (defaults, nofail, x-...) is dropped; what is not
-    ours goes to the file system.
-    """
-    flags = (0 if writable else syscalls.MS_RDONLY) | syscalls.MS_NODEV | syscalls.MS_NOSUID
-    rest = []
-    for option in filter(None, text.split(",")):
-        if writable and option == "rw":
-            continue
-        if option in _REFUSED:
-            raise UsageError(f"reading mount options failed: {option}: {_REFUSED[option]}")
-        if option in _SETS:
-            flags |= _SETS[option]
-        elif option in _CLEARS:
-            flags &= ~_CLEARS[option]
-        elif option not in _FOR_OTHERS and not option.startswith(("x-", "X-", "comment=")):
-            rest.append(option)
-    return MountOptions(flags, tuple(rest))
 
 
 # ---- file systems ----
@@ -116,18 +62,18 @@ _OPTIONS = {"ext4": ("noload",), "erofs": (), "xfs": ("norecovery", "nouuid"), "
 _WRITABLE_OPTIONS = {"ext4": (), "xfs": ("nouuid",)}
 
 
-def _detect(file: Path) -> str:
+def _detect(file: Path, directory: Path) -> str:
     """The kernel's name of the file system in an image."""
     try:
         with file.open("rb", buffering=0) as disk:
             head = disk.read(superblock.HEAD_SIZE)
     except OSError as error:
-        raise DeviceError(f"mount failed: {file}: cannot be read: {error.strerror}") from error
+        raise DeviceError(f"mount failed: {directory}: the image cannot be read: {error.strerror}") from error
     kind = superblock.file_system(head)
     if kind in _OPTIONS:
         return kind
     found = "a partition table" if head[510:512] == b"\x55\xaa" else "none of " + ", ".join(_OPTIONS)
-    raise DeviceError(f"mount failed: {file}: no file system that can be mounted: the image holds {found}")
+    raise DeviceError(f"mount failed: {directory}: no file system that can be mounted: the image holds {found}")
 
 
 # ---- mount ----
@@ -135,13 +81,18 @@ def _detect(file: Path) -> str:
 
 @dataclass(frozen=True)
 class Mounted:
-    """A mounted image: the directory (None: the file alone), the FUSE file, and what is between."""
+    """A mounted image: the directory or file, and what it reads through."""
 
-    file: Path
-    directory: Path | None = None
-    kind: str = ""  # of the file system
-    loop: str | None = None  # the loop device; None: straight from the file
-    writable: bool = False  # the FUSE file, as the mount table has it
+    point: Path
+    kind: str  # of the file system; FUSE_KIND: the disk as a file
+    connection: int  # of the FUSE file: its number in /sys/fs/fuse/connections
+    loop: str | None = None  # the loop device between them, if there is one
+    root: Path | None = None  # whose owner serves it, where that can be told
+    writable: bool = False  # the FUSE file
+
+
+class NotMounted(NotFound):
+    """Nothing is mounted there."""
 
 
 def _locate(path: Path) -> Path:
@@ -150,10 +101,17 @@ def _locate(path: Path) -> Path:
         if path.name in ("", ".."):
             return path.resolve()
         path = path.absolute().parent.resolve() / path.name
-        if syscalls.mounted_at(path) or not path.is_symlink():
+        if syscalls.mounted_at(path) or not _is_link(path):
             return path
         path = path.parent / path.readlink()
     raise DeviceError(f"finding a path failed: {path}: {os.strerror(errno.ELOOP)}")
+
+
+def _is_link(path: Path) -> bool:
+    try:
+        return path.is_symlink()
+    except OSError as error:
+        raise from_os("finding a path failed", error, str(path)) from None
 
 
 def _place(path: Path) -> tuple[Path, int]:
@@ -169,6 +127,58 @@ def _place(path: Path) -> tuple[Path, int]:
         raise DeviceError(f"mount failed: {path}: {error.strerror}") from error
 
 
+class FuseFile:
+    """An image as a file in no mount table, for root. It lives as long as somebody has it open.
+
+    The kernel's first request waits in fuse_fd, so until somebody serves it every use of the path
+    waits too. Only root may open the file (FUSE's rule, as we do not ask for allow_other).
+    """
+
+    def __init__(self, *, writable: bool = False) -> None:
+        self.fuse_fd = _open_fuse()  # to serve it by
+        try:
+            self._mount = self._mount_nowhere(writable)
+        except OSError as error:
+            os.close(self.fuse_fd)
+            hint = " (only root can; --raw shows the disk as a file)" if error.errno == errno.EPERM else ""
+            raise DeviceError(f"mount failed: FUSE: {error.strerror}{hint}") from error
+        self.path = Path(f"/proc/self/fd/{self._mount}")
+
+    def _mount_nowhere(self, writable: bool) -> int:
+        options = _fuse_options(self.fuse_fd, writable)
+        return syscalls.mount_nowhere("fuse", flags=_fuse_flags(writable), options=options)
+
+    def passed(self) -> None:
+        """Somebody else has fuse_fd: his end has to end the file."""
+        os.close(self.fuse_fd)
+        self.fuse_fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.fuse_fd >= 0:
+            self.passed()
+        os.close(self._mount)
+
+
+def _open_fuse() -> int:
+    try:
+        return syscalls.open_fuse()
+    except OSError as error:
+        raise DeviceError(f"mount failed: /dev/fuse: {error.strerror}") from error
+
+
+def _fuse_flags(writable: bool) -> int:
+    return (0 if writable else syscalls.MS_RDONLY) | syscalls.MS_NODEV | syscalls.MS_NOSUID | syscalls.MS_NOEXEC
+
+
+def _fuse_options(fd: int, writable: bool) -> dict[str, str | None]:
+    mode = "100644" if writable else "100444"
+    ids = {"user_id": str(os.geteuid()), "group_id": str(os.getegid())}
+    return {"fd": str(fd), "rootmode": mode, **ids, "default_permissions": None}
+
+
 def mount_file(path: Path, *, writable: bool = False) -> int:
     """Mount a FUSE file on a regular file; returns the /dev/fuse descriptor to serve it by.
 
@@ -181,15 +191,10 @@ def mount_file(path: Path, *, writable: bool = False) -> int:
         raise DeviceError(f"mount failed: {path}: not a regular file")
     if os.geteuid() != 0:
         return _fusermount(path, "rw" if writable else "ro")
+    fd = _open_fuse()
+    options = (name if value is None else f"{name}={value}" for name, value in _fuse_options(fd, writable).items())
     try:
-        fd = syscalls.open_fuse()
-    except OSError as error:
-        raise DeviceError(f"mount failed: /dev/fuse: {error.strerror}") from error
-    owner = f"user_id={os.geteuid()},group_id={os.getegid()}"
-    options = f"fd={fd},rootmode={'100644' if writable else '100444'},{owner},default_permissions"
-    flags = (0 if writable else syscalls.MS_RDONLY) | syscalls.MS_NODEV | syscalls.MS_NOSUID | syscalls.MS_NOEXEC
-    try:
-        syscalls.mount("ociblk", path, FUSE_KIND, flags=flags, options=options)
+        syscalls.mount("ociblk", path, FUSE_KIND, flags=_fuse_flags(writable), options=",".join(options))
     except OSError as error:
         os.close(fd)
         raise DeviceError(f"mount failed: {path}: FUSE: {error.strerror}") from error
@@ -223,36 +228,52 @@ def _run_fusermount(arguments: list[str], path: Path, *, commfd: int = -1) -> No
         raise DeviceError(f"{FUSERMOUNT} failed: {path}: {why}")
 
 
-def mount_filesystem(file: Path, directory: Path, options: MountOptions, *, writable: bool = False) -> Mounted:
-    """Mount what a served FUSE file holds on a directory.
+def mount_filesystem(
+    file: FuseFile, directory: Path, options: MountOptions, root: Root, *, writable: bool = False
+) -> Mounted:
+    """Mount what a served FUSE file of the root's owner holds on a directory.
 
     EROFS goes straight from the file where this kernel does that right; everything else, and
     EROFS where the kernel was built without it (ENOTBLK), through a loop device.
     """
-    file = _locate(file)
     directory, place = _place(directory)
     if place != stat.S_IFDIR:
         raise DeviceError(f"mount failed: {directory}: not a directory")
-    kind = _detect(file)
+    kind = _detect(file.path, directory)
+    connection = syscalls.device_of(file.path)
     if writable and kind not in _WRITABLE_OPTIONS:
         raise DeviceError(f"mount failed: {directory}: the image holds {kind}, which cannot be written to")
     data = ",".join((*(_WRITABLE_OPTIONS if writable else _OPTIONS)[kind], *options.rest))
     if kind == "erofs" and erofs_from_file(os.uname().release):
         try:
-            syscalls.mount(file, directory, kind, flags=options.flags, options=data)
-            return Mounted(file, directory, kind)
+            _mount_from_file(file.path, root.mounts / f"{LINK}{connection}", directory, options.flags, data)
+            return Mounted(directory, kind, connection)
         except OSError as error:
             if error.errno != errno.ENOTBLK:
                 raise DeviceError(f"mount failed: {directory}: {kind}: {error.strerror}") from error
-            log.info("mounting through a loop device file=%s reason=this kernel mounts EROFS from no file", file)
+            log.info("mounting through a loop device reason=this kernel mounts EROFS from no file")
+    name = f"{LOOP_NAME} {root.path}"
+    if len(os.fsencode(name)) > syscalls.LOOP_NAME_MAX:
+        name = LOOP_NAME
     try:
-        with syscalls.attach_loop(file, writable=writable) as loop:
+        with syscalls.attach_loop(file.path, writable=writable, name=name) as loop:
             syscalls.mount(loop.path, directory, kind, flags=options.flags, options=data)
             if not loop.direct:
                 log.warning("loop device without direct I/O, pages are cached twice device=%s", loop.path)
-            return Mounted(file, directory, kind, loop.path)
+            return Mounted(directory, kind, connection, loop.path, root.path, writable)
     except OSError as error:
         raise DeviceError(f"mount failed: {directory}: {kind}: {error.filename}: {error.strerror}") from error
+
+
+def _mount_from_file(file: Path, link: Path, directory: Path, flags: int, data: str) -> None:
+    """The mount table keeps the name that a file system was mounted from: it is to tell the connection."""
+    link.parent.mkdir(mode=0o700, exist_ok=True)
+    link.unlink(missing_ok=True)  # of a command that was killed just here
+    link.symlink_to(file)
+    try:
+        syscalls.mount(link, directory, "erofs", flags=flags, options=data)
+    finally:
+        link.unlink()
 
 
 def erofs_from_file(release: str) -> bool:
@@ -273,65 +294,88 @@ def umount(path: Path) -> Mounted:
     DeviceError at once, and nothing changed, if somebody does. Reads still in flight that
     nobody waits for are failed after TEARDOWN_PATIENCE, if nothing can be written to it.
     """
-    found, entry = _find(path)
-    if found.directory is None:
-        _umount_file(found.file, lazy=False)
-        return found
-    _umount_directory(found.directory, found.file, patience=UMOUNT_DEADLINE if found.writable else TEARDOWN_PATIENCE)
-    if not _elsewhere(entry):
-        # Lazily: another namespace may still have the file system, and need its file.
-        _umount_file(found.file, lazy=True)
+    found = find(path)
+    if found.kind == FUSE_KIND:
+        _umount_file(found.point, lazy=False)
+    else:
+        _umount_directory(found, patience=UMOUNT_DEADLINE if found.writable else TEARDOWN_PATIENCE)
     return found
 
 
 def force_umount(path: Path) -> Mounted:
-    """Unmount whatever the state of the server and however busy. Reads in flight, and all
-    that processes with open files do from now on, fail with EIO or ENOTCONN."""
-    found, entry = _find(path)
-    _abort(found.file)
-    if found.directory is not None:
-        _umount_or_fail(found.directory, syscalls.MNT_DETACH)
-    if not _elsewhere(entry) and syscalls.mounted_at(found.file):  # the abort may have unmounted it
-        _umount_file(found.file, lazy=True)
+    """Unmount whatever the state of the server and however busy, and with it what is mounted
+    below. Reads in flight, and all that processes with open files do from now on, fail with
+    EIO or ENOTCONN."""
+    found = find(path)
+    for below in ours():
+        if found.point in (below.point, *below.point.parents):
+            _abort(below.connection)
+    if syscalls.mounted_at(found.point):  # the abort may have unmounted it
+        if found.kind == FUSE_KIND:
+            _umount_file(found.point, lazy=True)
+        else:
+            _umount_or_fail(found.point, syscalls.MNT_DETACH)
     return found
 
 
 def find(path: Path) -> Mounted:
     """What of ours is mounted on the path. NotFound if nothing is. Asks no server."""
-    return _find(path)[0]
+    path = _locate(path)
+    entry = syscalls.mounted_at(path)
+    if not entry:
+        raise NotMounted(f"umount failed: {path}: not mounted")
+    found = _ours(entry)
+    if not found:
+        raise NotFound(f"umount failed: {path}: not a mount of ours: {entry.kind} from {entry.source}")
+    return found
 
 
 def sync(mounted: Mounted) -> None:
     """What was written to it has reached its disk when this returns. Waits for its server, as long as that takes."""
-    fd = os.open(mounted.directory or mounted.file, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(mounted.point, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if mounted.directory:
+        if mounted.kind != FUSE_KIND:
             syscalls.sync_filesystem(fd)
         os.fsync(fd)
     finally:
         os.close(fd)
 
 
-def _find(path: Path) -> tuple[Mounted, MountEntry]:
-    path = _locate(path)
-    entry = syscalls.mounted_at(path)
-    if not entry:
-        raise NotFound(f"umount failed: {path}: not mounted")
+def ours() -> list[Mounted]:
+    """Every mount of ours that is in the mount table, the last one first. Asks no server."""
+    return list(filter(None, map(_ours, reversed(syscalls.mounts()))))
+
+
+def connection_of(entry: MountEntry) -> int | None:
+    """The FUSE connection that a mount of ours reads through; None: it is not ours. Asks no server."""
+    found = _ours(entry)
+    return found.connection if found else None
+
+
+def _ours(entry: MountEntry) -> Mounted | None:
+    point = Path(entry.point)
     if entry.kind == FUSE_KIND:
-        return Mounted(path, writable=not entry.read_only), entry
-    loop = entry.major == syscalls.LOOP_MAJOR
-    source = syscalls.loop_file(entry.minor) if loop else entry.source
-    below = syscalls.mounted_at(Path(source)) if source else None
-    if not source or not below or below.kind != FUSE_KIND:
-        raise NotFound(f"umount failed: {path}: not a mount of ours: {entry.kind} from {entry.source}")
-    device = f"/dev/loop{entry.minor}" if loop else None
-    return Mounted(Path(source), path, entry.kind, device, not below.read_only), entry
+        return Mounted(point, entry.kind, entry.minor, writable=not entry.read_only)
+    if entry.major == syscalls.LOOP_MAJOR:
+        return _through_loop(point, entry)
+    link = re.fullmatch(rf".*/{LINK}(\d+)", entry.source, re.DOTALL)
+    return Mounted(point, entry.kind, int(link[1])) if link and entry.kind == "erofs" else None
 
 
-def _elsewhere(entry: MountEntry) -> bool:
-    """Whether a file system just unmounted is mounted in another place too (bind mounts)."""
-    here = (entry.major, entry.minor)
-    return entry.kind != FUSE_KIND and any((other.major, other.minor) == here for other in syscalls.mounts())
+def _through_loop(point: Path, entry: MountEntry) -> Mounted | None:
+    if syscalls.loop_file(entry.minor) != syscalls.NOWHERE:
+        return None  # a foreign one is not asked: its file need not answer
+    try:
+        status = syscalls.loop_status(entry.minor)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.ENXIO):  # another user's; detached by now
+            return None
+        raise DeviceError(f"looking at a mount failed: {error.filename}: {error.strerror}") from error
+    name, _, root = status.name.partition(" ")
+    if name != LOOP_NAME:
+        return None
+    whose = Path(root) if root else None
+    return Mounted(point, entry.kind, status.file_device, f"/dev/loop{entry.minor}", whose, not status.read_only)
 
 
 def _umount_or_fail(point: Path, flags: int) -> None:
@@ -349,12 +393,13 @@ def _umount_file(file: Path, *, lazy: bool) -> None:
         _umount_or_fail(file, syscalls.MNT_DETACH if lazy else 0)
 
 
-def _umount_directory(directory: Path, file: Path, *, patience: float) -> None:
+def _umount_directory(found: Mounted, *, patience: float) -> None:
     """umount(2) in a thread: when the mount is already gone from the table it may still
     wait for read-ahead that a dead registry or a stopped server owes, which nobody needs.
 
     It is failed after `patience` seconds; of what can be written to, where it may be writes, never.
     """
+    directory = found.point
     failure: list[DeviceError] = []
 
     def call() -> None:
@@ -370,7 +415,7 @@ def _umount_directory(directory: Path, file: Path, *, patience: float) -> None:
     thread.join(patience)
     if thread.is_alive() and patience < UMOUNT_DEADLINE and syscalls.mounted_at(directory) != before:
         log.warning("failing reads in flight directory=%s", directory)
-        _abort(file)
+        _abort(found.connection)
     thread.join(max(0.0, deadline - time.monotonic()))
     if thread.is_alive():
         raise DeviceError(f"umount failed: {directory}: the kernel did not finish in {UMOUNT_DEADLINE:g} s")
@@ -378,24 +423,12 @@ def _umount_directory(directory: Path, file: Path, *, patience: float) -> None:
         raise failure[0]
 
 
-def _abort(file: Path) -> None:
-    """End the FUSE connection: every request in flight fails, and so will all later ones."""
-    entry = syscalls.mounted_at(file)
-    if entry is None:
-        return
-    if os.geteuid() != 0:
-        _abort_own(entry)
-        return
+def _abort(connection: int) -> None:
+    """End a FUSE connection: every request in flight fails, and so will all later ones."""
     try:
-        syscalls.umount(file, syscalls.MNT_FORCE | syscalls.UMOUNT_NOFOLLOW)
+        syscalls.abort_fuse(connection)
+    except FileNotFoundError:
+        # It has ended; or nobody has mounted fusectl for users, who then can take the file away all the same.
+        log.info("no connection to abort number=%d", connection)
     except OSError as error:
-        if error.errno != errno.EBUSY:  # busy: it was aborted, but stays mounted
-            raise DeviceError(f"umount failed: {file}: {error.strerror}") from error
-
-
-def _abort_own(entry: MountEntry) -> None:
-    """MNT_FORCE is root's; the connection's own switch belongs to whoever mounted it."""
-    try:
-        Path(f"/sys/fs/fuse/connections/{entry.minor}/abort").write_text("1")
-    except OSError as error:
-        raise DeviceError(f"umount failed: {entry.point}: aborting it: {error.strerror}") from error
+        raise DeviceError(f"umount failed: aborting connection {connection}: {error.strerror}") from error

@@ -8,7 +8,7 @@
     blobs/       the cache (blockdev/cache.py)
     catalog/     what is known of images without their registries (blockdev/catalog.py)
     converted/   which layers of the cache are conversions of what (blockdev/build/workshop.py)
-    mounts/      an empty file for each mounted file system, under its FUSE file
+    mounts/      names under which EROFS gets its FUSE file (blockdev/mountpoint.py), while it is mounted
 
 A root belongs to one uid. Everything but taking the lock may be done by clients too.
 """
@@ -178,11 +178,6 @@ class Root:
         except OSError as error:
             kind = EngineError if error.errno in _FULL else AccessDenied
             raise kind(f"{what} failed: {error.filename or self.path}: {error.strerror or error}") from None
-
-
-def is_mount_file(path: Path) -> bool:
-    """Whether a path is in some root's mounts/, by its looks: umount knows no root."""
-    return path.parent.name == _MOUNTS and path.parent.with_name("lock").exists()
 
 
 def _lock_within(fd: int, timeout: float) -> bool:

@@ -163,6 +163,7 @@ class Session:
             self._channel.send({"serving": device.id})
             with contextlib.closing(self._next("mounted")) as mounted:
                 device.where, device.how = mounted.member("where", str), mounted.member("how", str)
+                device.connection = mounted.member("connection", int)
         except BaseException:
             device.drain(0)
             raise

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel offers and Python's os module does not: mount(2), loop devices, the mount table.
+"""What the kernel offers and Python's os module does not: mount(2), loop devices, FUSE connections, the mount table.
 
 Besides, one thing each that the C library and the process do. Promises: every failure is an OSError with its errno
 and the path concerned; nothing here decides anything, and nothing calls into the server of a
-mount (no stat, no open of what is mounted), except attach_loop(), which opens its file. The
-only user of ctypes.
+mount (no stat, no open of what is mounted), except attach_loop(), which opens its file, and
+device_of(), which is for files that are served. The only user of ctypes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import fcntl
 import os
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -39,9 +40,18 @@ MNT_FORCE = 1
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 
+# Linux 5.2, the same numbers on every architecture; the C library need not have names for them
+_SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
+_CLOEXEC = 1  # of fsopen and fsmount
+_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
+
+_FUSE_CONNECTIONS = Path("/sys/fs/fuse/connections")
+
 LOOP_MAJOR = 7
+NOWHERE = "/"  # what loop_file() is for a file that is mounted nowhere and is all of its file system
 
 # linux/loop.h
+_LOOP_GET_STATUS64 = 0x4C05
 _LOOP_CONFIGURE = 0x4C0A
 _LOOP_CTL_GET_FREE = 0x4C82
 _LO_FLAGS_READ_ONLY = 1
@@ -49,7 +59,8 @@ _LO_FLAGS_AUTOCLEAR = 4
 _LO_FLAGS_DIRECT_IO = 16
 _LOOP_INFO64 = struct.Struct("=5Q4I64s64s32s2Q")
 _LOOP_CONFIG = struct.Struct(f"=2I{_LOOP_INFO64.size}s64x")
-_LOOP_NAME_MAX = 63
+_LOOP_FLAGS, _LOOP_NAME = 8, 9  # their places among these
+LOOP_NAME_MAX = 63
 _LOOP_BLOCK_SIZE = 512  # any file system's block is a multiple, whatever made the image
 _LOOP_TRIES = 64  # a free device can be taken by somebody else between asking and attaching
 
@@ -57,6 +68,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
 _libc.syncfs.argtypes = [ctypes.c_int]
+_libc.syscall.restype = ctypes.c_long
 _libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
 
@@ -95,6 +107,30 @@ def mount(source: str | Path, target: Path, kind: str, *, flags: int, options: s
     arguments = [os.fsencode(value) for value in (source, target, kind)]
     if _libc.mount(*arguments, flags, os.fsencode(options)) != 0:
         raise _failure(target)
+
+
+def mount_nowhere(kind: str, *, flags: int, options: Mapping[str, str | None]) -> int:
+    """A mount that is in no mount table and has no mount point, as a descriptor; it ends with the last that has a file
+    of it open, this descriptor being one. flags: of MS_RDONLY, MS_NOSUID, MS_NODEV and MS_NOEXEC. An option of None
+    is one without a value."""
+    context = _call(_SYS_FSOPEN, os.fsencode(kind), _CLOEXEC, what=kind)
+    try:
+        for name, value in options.items():
+            command = _FSCONFIG_SET_FLAG if value is None else _FSCONFIG_SET_STRING
+            text = None if value is None else os.fsencode(value)
+            _call(_SYS_FSCONFIG, context, command, os.fsencode(name), text, 0, what=kind)
+        _call(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0, what=kind)
+        return _call(_SYS_FSMOUNT, context, _CLOEXEC, flags, what=kind)
+    finally:
+        os.close(context)
+
+
+def _call(number: int, *arguments: int | bytes | None, what: str) -> int:
+    words = [ctypes.c_long(value) if isinstance(value, int) else ctypes.c_char_p(value) for value in arguments]
+    result = int(_libc.syscall(ctypes.c_long(number), *words))
+    if result < 0:
+        raise _failure(Path(what))
+    return result
 
 
 def keep_mounts_private() -> None:
@@ -179,6 +215,31 @@ def open_fuse() -> int:
     return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
 
 
+def device_of(file: Path) -> int:
+    """The minor number of the device a served FUSE file is on, which is the number of its connection."""
+    return os.minor(file.stat().st_dev)
+
+
+def abort_fuse(connection: int) -> None:
+    """End a FUSE connection: every request in flight fails, and so will all later ones.
+
+    FileNotFoundError if there is none of that number; and for users other than root, who can end their own,
+    if no fusectl is mounted.
+    """
+    if os.geteuid() == 0:
+        folder = mount_nowhere("fusectl", flags=0, options={})  # in containers nobody has mounted it
+    else:
+        folder = os.open(_FUSE_CONNECTIONS, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        switch = os.open(f"{connection}/abort", os.O_WRONLY | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            os.write(switch, b"1")
+        finally:
+            os.close(switch)
+    finally:
+        os.close(folder)
+
+
 # ---- loop devices ----
 
 
@@ -206,12 +267,12 @@ class LoopDevice:
         os.close(self.fd)
 
 
-def attach_loop(file: Path, *, writable: bool = False) -> LoopDevice:
-    """A self-detaching loop device over the file, with direct I/O."""
-    name = os.fsencode(file)[:_LOOP_NAME_MAX]
+def attach_loop(file: Path, *, writable: bool = False, name: str = "") -> LoopDevice:
+    """A self-detaching loop device over the file, with direct I/O. name: kept by the kernel (default: the path)."""
+    label = (os.fsencode(name) or os.fsencode(file))[:LOOP_NAME_MAX]
     flags = _LO_FLAGS_AUTOCLEAR | _LO_FLAGS_DIRECT_IO | (0 if writable else _LO_FLAGS_READ_ONLY)
     mode = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
-    details = _LOOP_INFO64.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, name, b"", b"", 0, 0)
+    details = _LOOP_INFO64.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, label, b"", b"", 0, 0)
     control = backing = -1
     try:
         control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
@@ -240,3 +301,27 @@ def loop_file(number: int) -> str | None:
         return Path(f"/sys/block/loop{number}/loop/backing_file").read_text(errors="surrogateescape")[:-1]
     except FileNotFoundError:
         return None
+
+
+class LoopStatus(NamedTuple):
+    """What the kernel knows of a loop device."""
+
+    file_device: int  # the minor number of the device that its file is on
+    name: str  # that attach_loop() gave it
+    read_only: bool
+
+
+def loop_status(number: int) -> LoopStatus:
+    """Waits for the server of a FUSE file, unless that has said that its attributes never change, as ours do.
+    """
+    status = bytearray(_LOOP_INFO64.size)
+    fd = os.open(f"/dev/loop{number}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, _LOOP_GET_STATUS64, status)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, f"/dev/loop{number}") from None
+    finally:
+        os.close(fd)
+    fields = _LOOP_INFO64.unpack(status)
+    name = fields[_LOOP_NAME].rstrip(b"\0").decode(errors="surrogateescape")
+    return LoopStatus(os.minor(fields[0]), name, bool(fields[_LOOP_FLAGS] & _LO_FLAGS_READ_ONLY))

@@ -4,6 +4,7 @@
 run("ps")             one command, to its end
 start("serve", ...)   one in the background; killed when the test ends
 root                  the root of both; its owner, mounts and exports are ended with the test
+ext4                  an image to mount
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from blockdev.root import Root
+from tests import fixtures, requires
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -72,6 +74,15 @@ def start(ociblk: str, root: Root) -> Iterator[Start]:
         process.communicate()
 
 
+@pytest.fixture(scope="session")
+def ext4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image with an ext4 file system, as a config of three layers."""
+    requires.requires_mount()
+    config = tmp_path_factory.mktemp("ext4") / "config.v1.json"
+    config.write_bytes(fixtures.config("04-apply-ext4/v64m-3layer.config.json"))
+    return config
+
+
 def uri_of(serving: subprocess.Popen[str]) -> str:
     """The URI that a started serve prints."""
     assert serving.stdout
@@ -93,3 +104,8 @@ def devices(run: Run) -> list[dict[str, Any]]:
 def owner_pid(root: Root) -> int:
     """Of the process that holds the root."""
     return int((root.holder() or "").rpartition(" ")[2])
+
+
+def mounted(path: Path) -> bool:
+    """Whether something is mounted exactly there."""
+    return f" {path} " in Path("/proc/self/mountinfo").read_text()

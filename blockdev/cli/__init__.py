@@ -114,7 +114,8 @@ def _leave(number: int, _frame: object) -> NoReturn:
 def mount_helper() -> int:
     """mount.ociblk IMAGE DIR [-sfnv] [-o OPTIONS], as mount(8) and fstab call it for type ociblk.
 
-    An option ociblk.NAME[=VALUE] is our --NAME; "rw", which mount(8) adds by itself, is dropped.
+    An option ociblk.NAME[=VALUE] is our --NAME, and --upper is two: upper-data and upper-index. "rw", which mount(8)
+    adds by itself, is dropped.
     """
     known = {"-s": 0, "-f": 0, "-n": 0, "-v": 0, "-N": 1, "-t": 1}  # mount(8)'s own, and how many words follow
     words, kept = iter(sys.argv[1:]), ["mount"]
@@ -125,7 +126,10 @@ def mount_helper() -> int:
             options = [option for option in next(words, "").split(",") if option != "rw"]
             ours = [option.removeprefix("ociblk.") for option in options if option.startswith("ociblk.")]
             rest = ",".join(option for option in options if not option.startswith("ociblk."))
-            kept += [f"--{option}" for option in ours] + ["-o", rest]
+            upper = sorted(option for option in ours if option.startswith("upper-"))  # data, then index
+            if upper:
+                kept += ["--upper", *(option.partition("=")[2] for option in upper)]
+            kept += [f"--{option}" for option in ours if not option.startswith("upper-")] + ["-o", rest]
         elif word not in known:
             kept.append(word)
         elif known[word]:

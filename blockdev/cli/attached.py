@@ -44,7 +44,8 @@ def attached(root: Root, layers: Sequence[int], pair: tuple[Path, Path], file: P
                     owner.call("fuse", descriptors=[fuse])
                 finally:
                     os.close(fuse)  # the owner has it; its end has to end the file
-                owner.call("mounted", {"where": str(file), "how": "while it is converted"})
+                connection = mountpoint.find(file).connection
+                owner.call("mounted", {"where": str(file), "how": "while it is converted", "connection": connection})
                 origin.close()  # what is locked is the owner's now, until it has closed the pair
                 yield
             except BaseException:

@@ -10,9 +10,8 @@ import os
 import select
 import signal
 import time
-from pathlib import Path
 
-from blockdev import client, control, journal
+from blockdev import client, control, journal, mountpoint
 from blockdev.cli import text
 from blockdev.cli.umount import NotSynced, unmount
 from blockdev.errors import BlockdevError, DeviceError, UsageError
@@ -109,19 +108,20 @@ def _unmount_all(connection: client.Connection, root: Root) -> list[BlockdevErro
     What was written is synced before; the errors are of what could not be.
     """
     lost: list[BlockdevError] = []
-    for device in connection.call("ps", timeout=_ANSWER_LIMIT)["devices"]:
-        if device["front_end"] == "fuse" and device["where"]:
-            where = Path(device["where"])
-            if device["writable"]:
+    devices = connection.call("ps", timeout=_ANSWER_LIMIT)["devices"]
+    connections = {device["connection"] for device in devices}
+    for mounted in mountpoint.ours():
+        if mounted.connection in connections:
+            if mounted.writable:
                 try:
-                    unmount(where, root, force=False)
+                    unmount(mounted.point, root, force=False)
                     continue
                 except NotSynced as error:
                     lost.append(error)
                 except BlockdevError:  # synced, and in use
                     pass
-            with contextlib.suppress(BlockdevError):  # mounted in another namespace, or gone by now
-                unmount(where, root, force=True)
+            with contextlib.suppress(BlockdevError):  # gone by now
+                unmount(mounted.point, root, force=True)
     return lost
 
 

@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from blockdev import beneath, client, mountpoint
+from blockdev import beneath, client, mountoptions, mountpoint
 from blockdev.cli import add_image_options, add_upper_options, text
 from blockdev.cli.ask import image_request, locate_upper
 from blockdev.config import parse_path
 from blockdev.errors import BlockdevError, DeviceError, UsageError, from_os
+from blockdev.mountoptions import MountOptions
+from blockdev.mountpoint import Mounted
 from blockdev.root import Root
 
 _PROGRAM = Path(__file__).resolve().parent
@@ -39,20 +41,16 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("mounting failed: -o: with --raw nothing is mounted that has options")
     root = Root(args.root)
     target = args.target.absolute()
-    options = mountpoint.parse_options(args.options, writable=args.rw)
+    options = mountoptions.parse_options(args.options, writable=args.rw)
     with locate_upper(args) as origin:
         body, fds = image_request(args, origin)
         with client.connect(root, text.print_notice) as owner:
             if args.rw:
                 _check_independent(owner, root, target)
             opened = owner.call("mount", body, fds)
-            file = target if args.raw else root.mounts / f"{opened['id']}-{os.getpid()}"
-            with _fuse_file(owner, file, writable=args.rw):
-                how = ""
-                if not args.raw:
-                    mounted = mountpoint.mount_filesystem(file, args.target, options, writable=args.rw)
-                    how = f"{mounted.kind}, {mounted.loop or 'from the file'}"
-                owner.call("mounted", {"where": str(target), "how": how})
+            with _raw(owner, args) if args.raw else _file_system(owner, args, options, root) as mounted:
+                how = "" if args.raw else f"{mounted.kind}, {mounted.loop or 'from the file'}"
+                owner.call("mounted", {"where": str(target), "how": how, "connection": mounted.connection})
     if args.json:
         text.print_json({"image": args.image, "target": str(target), "size": opened["size"], "how": how})
 
@@ -60,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
 def _check_independent(owner: client.Connection, root: Root, target: Path) -> None:
     """The owner must not need what it serves: it would wait for itself as soon as memory is short."""
     place = target.resolve()
-    served = {Path(device["where"]) for device in owner.call("ps")["devices"]}
+    served = {device["connection"] for device in owner.call("ps")["devices"]} - {None}
     needed = {
         "its root": [root.path.resolve()],
         "the program": [Path(sys.executable).resolve(), _PROGRAM],
@@ -71,32 +69,53 @@ def _check_independent(owner: client.Connection, root: Root, target: Path) -> No
             raise DeviceError(f"mount failed: {target}: {what} would lie on what the owner serves")
         lies_on = beneath.swap_beneath() if what == "swap" else map(beneath.mounts_beneath, paths)
         for entry in chain.from_iterable(lies_on):
-            if Path(entry.point) in served or root.mounts in Path(entry.point).parents:
+            if mountpoint.connection_of(entry) in served:
                 raise DeviceError(f"mount failed: {target}: {what} lies on what the owner serves, at {entry.point}")
 
 
 @contextlib.contextmanager
-def _fuse_file(owner: client.Connection, file: Path, *, writable: bool) -> Iterator[None]:
+def _file_system(
+    owner: client.Connection, args: argparse.Namespace, options: MountOptions, root: Root
+) -> Iterator[Mounted]:
+    """What the image holds, mounted. If the block fails, it is as if it had never been."""
+    with mountpoint.FuseFile(writable=args.rw) as file:
+        owner.call("fuse", descriptors=[file.fuse_fd])
+        file.passed()
+        mounted = mountpoint.mount_filesystem(file, args.target, options, root, writable=args.rw)
+    with _undone(mounted.point):
+        yield mounted
+
+
+@contextlib.contextmanager
+def _raw(owner: client.Connection, args: argparse.Namespace) -> Iterator[Mounted]:
     """The image as a served file. If the block fails, it is as if it had never been."""
+    file = args.target.absolute()
     try:
-        file.parent.mkdir(mode=0o700, exist_ok=True)
         made = not file.exists()
         file.touch()
     except OSError as error:
         raise from_os("mount", error, str(file)) from None
-    with contextlib.ExitStack() as undo:
+    try:
+        fuse_fd = mountpoint.mount_file(file, writable=args.rw)
+        with _undone(file):
+            try:
+                owner.call("fuse", descriptors=[fuse_fd])
+            finally:
+                os.close(fuse_fd)  # the owner has it; its end has to end the file
+            yield mountpoint.find(file)
+    except BaseException:
         if made:
-            undo.callback(file.unlink)
-        fuse_fd = mountpoint.mount_file(file, writable=writable)
-        undo.callback(_unmount, file)
-        try:
-            owner.call("fuse", descriptors=[fuse_fd])
-        finally:
-            os.close(fuse_fd)  # the owner has it; its end has to end the file
+            with contextlib.suppress(OSError):  # the error that brought us here is the one to tell
+                file.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def _undone(point: Path) -> Iterator[None]:
+    """If the block fails, what is mounted there is taken away."""
+    try:
         yield
-        undo.pop_all()
-
-
-def _unmount(file: Path) -> None:
-    with contextlib.suppress(BlockdevError):  # the error that brought us here is the one to tell
-        mountpoint.force_umount(file)
+    except BaseException:
+        with contextlib.suppress(BlockdevError):  # the error that brought us here is the one to tell
+            mountpoint.force_umount(point)
+        raise

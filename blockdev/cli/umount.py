@@ -17,9 +17,9 @@ from pathlib import Path
 from blockdev import client, mountpoint
 from blockdev.cli import text
 from blockdev.config import parse_path
-from blockdev.errors import BlockdevError, DeviceError, EngineError, NotFound
+from blockdev.errors import BlockdevError, DeviceError, EngineError
 from blockdev.mountpoint import Mounted
-from blockdev.root import Root, is_mount_file
+from blockdev.root import Root
 
 
 class NotSynced(EngineError):
@@ -32,29 +32,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    unmount(args.target, Root(args.root), force=args.force)
+    try:
+        unmount(args.target, Root(args.root), force=args.force)
+    except mountpoint.NotMounted:
+        if not args.target.exists():
+            raise
+        text.print_notice(f"{args.target}: not mounted")  # and that is what was asked for
     if args.json:
         text.print_json({"target": str(args.target.absolute())})
 
 
 def unmount(target: Path, root: Root, *, force: bool) -> None:
-    """Unmount, and remove the file that a mounted file system has below it.
-
-    root: whose owner serves a file of mount --raw; the file of a file system is in its root.
-    """
+    """Unmount. root: whose owner serves it, if that cannot be told from the mount."""
     found = mountpoint.find(target)
-    if is_mount_file(found.file):
-        root = Root(found.file.parent.parent)
     if force:
         mountpoint.force_umount(target)
     elif found.writable:
-        with _written(found, root):
+        with _written(found, Root(found.root) if found.root else root):
             mountpoint.umount(target)
     else:
         mountpoint.umount(target)
-    if is_mount_file(found.file):
-        with contextlib.suppress(OSError):  # empty, and in nobody's way
-            found.file.unlink()
 
 
 @contextlib.contextmanager
@@ -76,16 +73,14 @@ def _written(found: Mounted, root: Root) -> Iterator[None]:
 
 def _device_of(owner: client.Connection, found: Mounted) -> int | None:
     for device in owner.call("ps", timeout=client.HELLO_LIMIT)["devices"]:
-        if device["front_end"] == "fuse" and device["where"]:
-            with contextlib.suppress(NotFound):
-                if mountpoint.find(Path(device["where"])).file == found.file:
-                    return int(device["id"])
+        if device["connection"] == found.connection:
+            return int(device["id"])
     return None
 
 
 def _sync(found: Mounted, root: Root) -> None:
     """In a thread: an owner that is stopped would be waited for for ever."""
-    point = found.directory or found.file
+    point = found.point
     failure: list[OSError] = []
 
     def sync() -> None:

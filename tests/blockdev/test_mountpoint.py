@@ -7,7 +7,8 @@ import pytest
 
 from blockdev import syscalls
 from blockdev.errors import UsageError
-from blockdev.mountpoint import MountOptions, erofs_from_file, parse_options
+from blockdev.mountoptions import MountOptions, parse_options
+from blockdev.mountpoint import erofs_from_file
 
 DEFAULT = syscalls.MS_RDONLY | syscalls.MS_NODEV | syscalls.MS_NOSUID
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockdev import mountpoint, syscalls
+from blockdev.mountpoint import FuseFile
 from tests import leaks
 
 SERVER = Path(__file__).with_name("fuse_server.py")
@@ -44,14 +45,29 @@ class Served:
 
 
 @contextmanager
+def served_nowhere(raw: Path, folder: Path) -> Iterator[tuple[Served, FuseFile]]:
+    """Serve raw as a FUSE file that is mounted nowhere. The caller closes it."""
+    file = FuseFile()
+    with serving(file.fuse_fd, raw, folder, file.path, "warm") as disk:
+        file.passed()
+        yield disk, file
+
+
+@contextmanager
 def served(raw: Path, folder: Path, *, how: str = "warm") -> Iterator[Served]:
     """Mount raw as folder/disk. Whatever a failing test leaves is taken away."""
     file = folder / "disk"
     file.touch()
     fd = mountpoint.mount_file(file)
+    with serving(fd, raw, folder, file, how) as disk:
+        os.close(fd)
+        yield disk
+
+
+@contextmanager
+def serving(fd: int, raw: Path, folder: Path, file: Path, how: str) -> Iterator[Served]:
     command = [sys.executable, str(SERVER), str(fd), str(raw), how]
     server = subprocess.Popen(command, pass_fds=[fd], stdout=subprocess.PIPE, text=True)
-    os.close(fd)
     try:
         assert server.stdout
         assert server.stdout.readline() == "ready\n"

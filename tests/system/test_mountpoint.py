@@ -18,10 +18,12 @@ import pytest
 
 from blockdev import mountpoint, syscalls
 from blockdev.errors import DeviceError, NotFound
-from blockdev.mountpoint import Mounted, parse_options
+from blockdev.mountoptions import parse_options
+from blockdev.mountpoint import FuseFile, Mounted
+from blockdev.root import Root
 from tests import leaks
 from tests.requires import requires_command, requires_mount
-from tests.system.served import Served, served
+from tests.system.served import Served, served, served_nowhere
 
 requires_mount()
 requires_command("mke2fs", "mkfs.erofs", "fusermount3")
@@ -29,6 +31,7 @@ requires_command("mke2fs", "mkfs.erofs", "fusermount3")
 IN_TIME = 10.0  # seconds: what umount promises
 AT_ONCE = 2.0
 WAYS = ["ext4", "erofs from the file", "erofs through loop"]
+AS_NOBODY = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
 BIG = 8 << 20  # bytes of a file that read-ahead does not read whole
 
 
@@ -67,12 +70,18 @@ class Mounter:
         directory.mkdir()
         return self._stack.enter_context(served(raw, self._folder)), directory
 
+    def serve_nowhere(self, raw: Path) -> tuple[Served, FuseFile, Path]:
+        directory = self._folder / "mnt"
+        directory.mkdir()
+        return (*self._stack.enter_context(served_nowhere(raw, self._folder)), directory)
+
     def __call__(self, way: str, options: str = "") -> Mount:
         kind, _, how = way.partition(" ")
         if how == "through loop":
             self._patch.setattr(mountpoint, "erofs_from_file", lambda release: False)
-        disk, directory = self.serve(self._disks[kind])
-        mounted = mountpoint.mount_filesystem(disk.file, directory, parse_options(options))
+        disk, file, directory = self.serve_nowhere(self._disks[kind])
+        with file:  # after that, the file system's own hold is all that is left
+            mounted = mountpoint.mount_filesystem(file, directory, parse_options(options), Root(self._folder))
         return Mount(disk, directory, mounted, self._disks[kind].parent / "tree")
 
 
@@ -163,30 +172,31 @@ def test_names_with_spaces_and_links_are_found_again(disks: dict[str, Path], tmp
     (tmp_path / "link").symlink_to(folder / "mnt")
     (tmp_path / "parent").symlink_to(folder)
     for name in (folder / "mnt", tmp_path / "link", tmp_path / "parent" / "mnt"):
-        with served(disks["ext4"], folder) as disk:
-            mountpoint.mount_filesystem(disk.file, tmp_path / "link", parse_options(""))
-            assert mountpoint.umount(name).directory == folder / "mnt"
+        with served_nowhere(disks["ext4"], folder) as (disk, file):
+            with file:
+                mountpoint.mount_filesystem(file, tmp_path / "link", parse_options(""), Root(folder))
+            assert mountpoint.umount(name).point == folder / "mnt"
             disk.wait()
 
 
-def test_a_mount_point_in_use_is_refused(mounter: Mounter, disks: dict[str, Path]) -> None:
+def test_a_mount_point_in_use_is_refused(mounter: Mounter) -> None:
     mount = mounter("ext4")
     with pytest.raises(DeviceError, match="already a mount point"):
-        mountpoint.mount_filesystem(mount.disk.file, mount.directory, parse_options(""))
-    with pytest.raises(DeviceError, match="already a mount point"):
-        mountpoint.mount_file(mount.disk.file)
+        mountpoint.mount_file(mount.directory)
+    with FuseFile() as file, pytest.raises(DeviceError, match="already a mount point"):
+        mountpoint.mount_filesystem(file, mount.directory, parse_options(""), Root(mount.directory.parent))
     mountpoint.umount(mount.directory)
 
 
-def test_a_mount_point_that_is_none_is_refused(mounter: Mounter, disks: dict[str, Path], tmp_path: Path) -> None:
-    disk, directory = mounter.serve(disks["ext4"])
-    with pytest.raises(NotFound, match="nowhere"):
-        mountpoint.mount_filesystem(disk.file, tmp_path / "nowhere", parse_options(""))
+def test_a_mount_point_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DeviceError, match="not a directory"):
-        mountpoint.mount_filesystem(disk.file, tmp_path / "file", parse_options(""))
+    with FuseFile() as file:
+        with pytest.raises(NotFound, match="nowhere"):
+            mountpoint.mount_filesystem(file, tmp_path / "nowhere", parse_options(""), Root(tmp_path))
+        with pytest.raises(DeviceError, match="not a directory"):
+            mountpoint.mount_filesystem(file, tmp_path / "file", parse_options(""), Root(tmp_path))
     with pytest.raises(DeviceError, match="not a regular file"):
-        mountpoint.mount_file(directory)
+        mountpoint.mount_file(tmp_path)
     with pytest.raises(NotFound, match="nowhere"):
         mountpoint.mount_file(tmp_path / "nowhere")
 
@@ -194,20 +204,19 @@ def test_a_mount_point_that_is_none_is_refused(mounter: Mounter, disks: dict[str
 def test_a_disk_without_a_known_file_system_is_named(mounter: Mounter, tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     raw.write_bytes(bytes(510) + b"\x55\xaa" + bytes(1 << 20))
-    disk, directory = mounter.serve(raw)
-    with pytest.raises(DeviceError, match="partition table"):
-        mountpoint.mount_filesystem(disk.file, directory, parse_options(""))
+    disk, file, directory = mounter.serve_nowhere(raw)
+    with file, pytest.raises(DeviceError, match="partition table"):
+        mountpoint.mount_filesystem(file, directory, parse_options(""), Root(tmp_path))
+    disk.wait()
 
 
 @pytest.mark.parametrize("size", [0, 1, 1100, 1 << 20])
 def test_a_broken_file_system_leaves_nothing_behind(mounter: Mounter, tmp_path: Path, size: int) -> None:
     raw = tmp_path / "raw"
     raw.write_bytes((bytes(1080) + b"\x53\xef" + b"\xff" * 100 + bytes(1 << 20))[:size])
-    disk, directory = mounter.serve(raw)
-    with pytest.raises(DeviceError, match="mount failed"):
-        mountpoint.mount_filesystem(disk.file, directory, parse_options(""))
-    assert not leaks.loops(tmp_path)
-    mountpoint.umount(disk.file)
+    disk, file, directory = mounter.serve_nowhere(raw)
+    with file, pytest.raises(DeviceError, match="mount failed"):
+        mountpoint.mount_filesystem(file, directory, parse_options(""), Root(tmp_path))
     disk.wait()
 
 
@@ -222,15 +231,20 @@ def test_without_fuse_the_error_says_so(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_other_users_read_the_file_system_but_not_the_disk(mounter: Mounter, way: str, tmp_path: Path) -> None:
+def test_other_users_read_the_file_system(mounter: Mounter, way: str, tmp_path: Path) -> None:
     mount = mounter(way)
     open_to_users(tmp_path)
-    as_nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "cat"]
-    result = subprocess.run([*as_nobody, mount.directory / "big"], capture_output=True, check=True)
+    result = subprocess.run([*AS_NOBODY, "cat", mount.directory / "big"], capture_output=True, check=True)
     assert result.stdout == (mount.tree / "big").read_bytes()
-    refused = subprocess.run([*as_nobody, mount.disk.file], capture_output=True, text=True, check=False)
-    assert "Permission denied" in refused.stderr
     mountpoint.umount(mount.directory)
+
+
+def test_other_users_do_not_read_the_disk(mounter: Mounter, disks: dict[str, Path], tmp_path: Path) -> None:
+    disk, _ = mounter.serve(disks["ext4"])
+    open_to_users(tmp_path)
+    refused = subprocess.run([*AS_NOBODY, "cat", disk.file], capture_output=True, text=True, check=False)
+    assert "Permission denied" in refused.stderr
+    mountpoint.umount(disk.file)
 
 
 # ---- umount ----
@@ -268,7 +282,7 @@ def test_a_busy_file_is_refused_at_once_and_stays(mounter: Mounter, disks: dict[
     with disk.file.open("rb"), pytest.raises(DeviceError, match="in use"):
         mountpoint.umount(disk.file)
     assert disk.file.read_bytes() == disks["ext4"].read_bytes()
-    assert mountpoint.umount(disk.file) == Mounted(disk.file)
+    assert mountpoint.umount(disk.file).point == disk.file
 
 
 @pytest.mark.parametrize("fate", ["stop", "kill"])
@@ -321,7 +335,7 @@ def test_force_takes_a_busy_file_away(mounter: Mounter, disks: dict[str, Path]) 
     disk, _ = mounter.serve(disks["ext4"])
     reader = start_reader(disk.file)
     disk.stop()
-    assert mountpoint.force_umount(disk.file) == Mounted(disk.file)
+    assert mountpoint.force_umount(disk.file).point == disk.file
     assert finish(reader) in (errno.ENOTCONN, errno.EIO, errno.ECONNABORTED)
 
 
@@ -355,6 +369,37 @@ def test_the_registry_being_dead_does_not_hold_up_a_umount(disks: dict[str, Path
         disk.wait()
 
 
+@pytest.mark.parametrize("options", [[], ["--lazy"]])
+@pytest.mark.parametrize("way", WAYS)
+def test_whoever_unmounts_the_directory_ends_the_file(mounter: Mounter, way: str, options: list[str]) -> None:
+    """umount(8), systemd and umount --lazy know nothing of what is below a mount."""
+    mount = mounter(way)
+    reader = start_reader(mount.directory / "big")
+    if options:
+        subprocess.run(["umount", *options, mount.directory], check=True)
+        assert finish(reader) == 512  # who has a file open keeps all that it needs
+    else:
+        assert finish(reader) == 512
+        subprocess.run(["umount", mount.directory], check=True)
+    mount.disk.wait()
+
+
+def test_force_takes_what_is_mounted_below_along(mounter: Mounter, disks: dict[str, Path], tmp_path: Path) -> None:
+    outer = mounter("ext4")
+    inner = outer.directory / "deep"
+    with served_nowhere(disks["erofs"], tmp_path) as (disk, file):
+        with file:
+            mountpoint.mount_filesystem(file, inner, parse_options(""), Root(tmp_path))
+        with pytest.raises(DeviceError, match="in use"):
+            mountpoint.umount(outer.directory)
+        assert (inner / "deep" / "er" / "small").read_text() == "small\n"
+        reader = start_reader(inner / "big")
+        mountpoint.force_umount(outer.directory)
+        disk.wait()
+        assert finish(reader) == errno.EIO
+    outer.disk.wait()
+
+
 # ---- users ----
 
 
@@ -380,7 +425,7 @@ def test_a_user_mounts_a_file_through_fusermount(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from blockdev import mountpoint\n"
         f"file = Path({str(file)!r})\n"
         "fd = mountpoint.mount_file(file)\n"
-        "print(mountpoint.find(file).file, flush=True)\n"
+        "print(mountpoint.find(file).point, flush=True)\n"
         "mountpoint.umount(file)\n"
         "fd = mountpoint.mount_file(file)\n"
         "mountpoint.force_umount(file)\n"
