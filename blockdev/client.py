@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 HELLO_LIMIT = 10.0  # seconds for an owner to answer at all: it is alive but stopped, or drowning
 START_LIMIT = 30.0  # seconds for a new owner: waits up to 10 for an old one to leave, then imports on a busy machine
 
+_POLL = 0.02  # seconds between looks for an owner that begins or leaves
+
 Progress = Callable[[Body], None]
 Notice = Callable[[str], None]  # one line that the owner has for the command's user
 
@@ -67,6 +69,7 @@ class Connection:
         try:
             self._channel.send({"op": op, **(body or {})}, descriptors)
         except ConnectionError:
+            self.answer(op)  # it may have said why
             raise self._gone(op) from None
 
     def answer(self, op: str, *, progress: Progress | None = None, timeout: float | None = None) -> Body:
@@ -134,7 +137,20 @@ def connect(root: Root, notice: Notice = log.warning) -> Connection:
 def connect_to_live(
     root: Root, timeout: float = HELLO_LIMIT, *, notice: Notice = log.warning
 ) -> Connection | None:
-    """A connection to the root's owner, or None if there is none. OwnerSilent after `timeout` seconds."""
+    """A connection to the root's owner, or None if there is none. OwnerSilent after `timeout` seconds;
+    DeviceError if it lives and does not listen, for longer than it takes to begin or to leave."""
+    deadline = time.monotonic() + timeout
+    while True:
+        connection = _connect_once(root, timeout, notice)
+        if connection or not root.owned():
+            return connection
+        if time.monotonic() > deadline:
+            holder = root.holder() or "another process"
+            raise DeviceError(f"reaching the owner failed: {root.path}: {holder} owns it and does not listen")
+        time.sleep(_POLL)
+
+
+def _connect_once(root: Root, timeout: float, notice: Notice) -> Connection | None:
     try:
         channel = control.connect(root.socket, timeout)
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):

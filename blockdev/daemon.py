@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
-import resource
 import selectors
 import signal
 import socket
@@ -22,7 +22,8 @@ import time
 from collections.abc import Callable
 
 from blockdev import control, syscalls
-from blockdev.errors import AccessDenied, from_os
+from blockdev.descriptors import KEPT_FROM_CALLERS, raise_limit, scarce
+from blockdev.errors import AccessDenied, BlockdevError, EngineError, from_os
 from blockdev.owner import Owner
 from blockdev.root import Root
 from blockdev.session import Session
@@ -37,6 +38,7 @@ LEAVE_ALARM = 5  # seconds (whole) for all that follows
 _DRAIN_LIMIT = 5.0  # seconds of STOP_LIMIT that requests in hand get
 _JOIN_LIMIT = 1.0  # seconds for callers' threads to see that we leave
 _SESSIONS_MAX = 256  # more wait in the listener's queue
+_ACCEPT_PAUSE = 0.5  # seconds; after accept() failed for want of descriptors or memory
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _STACK = 512 << 10  # bytes; deepest is a TLS handshake below requests
 
@@ -51,6 +53,8 @@ class Daemon:
         self._selector = selectors.DefaultSelector()
         self._sessions: set[Session] = set()
         self._sessions_lock = threading.Lock()
+        self._accept_after = 0.0  # of time.monotonic()
+        self._accept_failed = False
         self._stopping = False
         self._wake_read, self._wake_write = socket.socketpair()
 
@@ -65,9 +69,10 @@ class Daemon:
         threading.stack_size(_STACK)
         syscalls.return_large_blocks()
         _never_wait_for_writes()
-        _raise_descriptor_limit()
+        raise_limit()
         try:
             listener = control.listen(self._root.socket)
+            ours = self._root.socket.lstat()
         except OSError as error:
             raise from_os("listening for commands failed", error, str(self._root.socket)) from None
         self._listen_to_signals()
@@ -76,7 +81,9 @@ class Daemon:
         ready()
         self._serve(listener, owner)
         signal.alarm(STOP_LIMIT)
-        self._root.socket.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(ours, self._root.socket.lstat()):  # else the root was removed, and is another's now
+                self._root.socket.unlink()
         listener.close()
         owner.drain(_DRAIN_LIMIT)
         signal.alarm(0)
@@ -102,17 +109,19 @@ class Daemon:
         listening = False
         used = time.monotonic()
         while not self._stopping:
-            if listening != (len(self._sessions) < _SESSIONS_MAX):
+            now = time.monotonic()
+            if listening != (len(self._sessions) < _SESSIONS_MAX and now >= self._accept_after):
                 listening = not listening
                 if listening:
                     self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener, owner))
                 else:
                     self._selector.unregister(listener)
             if self._sessions or owner.busy():
-                used = time.monotonic()
-            wait = None if self._linger is None else max(0.0, used + self._linger - time.monotonic())
-            ready = self._selector.select(wait)
-            if not ready and wait == 0.0:
+                used = now
+            leave = math.inf if self._linger is None else used + self._linger
+            due = min(leave, owner.retry(now), math.inf if listening else max(self._accept_after, now + _ACCEPT_PAUSE))
+            ready = self._selector.select(None if due == math.inf else max(0.0, due - now))
+            if not ready and now >= leave:
                 return
             for key, _ in ready:
                 key.data()
@@ -122,16 +131,35 @@ class Daemon:
             sock, _ = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
+        except OSError as error:
+            self._accept_after = time.monotonic() + _ACCEPT_PAUSE
+            if not self._accept_failed:
+                log.warning("callers have to wait reason=%s", error.strerror)
+            self._accept_failed = True
+            return
+        self._accept_failed = False
+        channel = control.Channel(sock, control.REQUEST_MAX)
         try:
             control.check_peer(sock)
-        except AccessDenied as error:
+            if scarce(sock.fileno(), KEPT_FROM_CALLERS):
+                raise EngineError(f"asking the owner failed: {self._root.path}: it has too many descriptors open")
+            self._begin(Session(channel, owner, self.stop, self._session_ended))
+        except BlockdevError as error:
             log.warning("caller refused reason=%s", error)
-            sock.close()
-            return
-        session = Session(control.Channel(sock, control.REQUEST_MAX), owner, self.stop, self._session_ended)
+            if not isinstance(error, AccessDenied):  # a stranger is told nothing
+                with contextlib.suppress(OSError):
+                    channel.send(control.error_body(error))
+            channel.close()
+
+    def _begin(self, session: Session) -> None:
         with self._sessions_lock:
             self._sessions.add(session)
-        session.start()
+        try:
+            session.start()
+        except RuntimeError:  # Python's word for EAGAIN
+            with self._sessions_lock:
+                self._sessions.discard(session)
+            raise EngineError(f"asking the owner failed: {self._root.path}: it can start no thread") from None
 
     def _session_ended(self, session: Session) -> None:
         with self._sessions_lock:
@@ -173,9 +201,3 @@ def _never_wait_for_writes() -> None:
         syscalls.set_io_flusher()
     except OSError as error:
         log.info("memory may be waited for by writing reason=%s", error.strerror)
-
-
-def _raise_descriptor_limit() -> None:
-    """As many descriptors as we may have: a layer takes two, a connection one."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -88,3 +88,15 @@ def from_os(what: str, error: OSError, thing: str = "") -> BlockdevError:
     kinds = ((_SENSELESS, UsageError), (_REFUSED, AccessDenied), (_ABSENT, NotFound))
     kind = next((kind for codes, kind in kinds if code in codes), EngineError)
     return kind(f"{what}: {thing or error.filename}: {error.strerror or os.strerror(code)}")
+
+
+_SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT}
+
+
+def shortage(error: BaseException) -> str:
+    """What ran out, if that is what an exception says; else ""."""
+    if isinstance(error, MemoryError):
+        return os.strerror(errno.ENOMEM)
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return "no thread can be started"
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno in _SHORT else ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import threading
 import time
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CLOSE_LIMIT = 1.0  # seconds to close what devices hold that nobody wrote to, once they have drained
+_RETRY = 0.5  # seconds after which a thread that could not be started is tried again
 _JOIN_LIMIT = 2.0  # seconds for fetch threads to come back from a source
 
 
@@ -57,6 +59,7 @@ class Owner:
         self._remotes: Remotes | None = None
         self._devices: dict[int, Device] = {}
         self._ending: list[Device] = []  # of the main thread, once the owner stops
+        self._unended: dict[int, float] = {}  # of the main thread: when to try again, by the device's id
         self._lock = threading.Lock()  # of _devices and _remotes
         self._ids = itertools.count(1)
         self._stopping = threading.Event()
@@ -278,12 +281,28 @@ class Owner:
                 if device.stack.writable:
                     errors.callback(device.drain, 0)
 
+    def retry(self, now: float) -> float:
+        """Begin to end what could not be ended for want of a thread; when to ask again (time.monotonic())."""
+        for id in [id for id, due in self._unended.items() if due <= now]:
+            del self._unended[id]
+            device = self._devices.get(id)
+            if device:
+                self._begin_to_end(device, 0)
+        return min(self._unended.values(), default=math.inf)
+
     def _begin_to_end(self, device: Device, timeout: float) -> None:
         def end() -> None:
             with suppress(BlockdevError):  # the device has logged it, and keeps it for whoever asks
                 device.drain(timeout)
 
-        threading.Thread(target=end, name=f"end-{device.id}", daemon=True).start()
+        try:
+            threading.Thread(target=end, name=f"end-{device.id}", daemon=True).start()
+        except RuntimeError:  # Python's word for EAGAIN
+            if self._stopping.is_set():
+                end()
+                return
+            log.warning("device ends later id=%d reason=no thread can be started", device.id)
+            self._unended[device.id] = time.monotonic() + _RETRY
 
     def close(self) -> None:
         """Free the engine, unless a thread is stuck in it: then this process is about to end anyway."""

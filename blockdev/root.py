@@ -100,10 +100,11 @@ class Root:
 
     def owned(self) -> bool:
         """Whether some process holds the lock now. Takes it for an instant if none does."""
-        try:
-            fd = open_own(self.lock, os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return False
+        with self._refusals("opening the lock"):
+            try:
+                fd = open_own(self.lock, os.O_NOFOLLOW)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
         try:
             return not _lock_within(fd, 0)
         finally:

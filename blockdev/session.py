@@ -30,7 +30,7 @@ from blockdev.build.export import export_image
 from blockdev.config import parse_policy
 from blockdev.control import Body, Channel, Message
 from blockdev.device import Device, NbdTransport, State
-from blockdev.errors import BlockdevError, DeviceError, EngineError, UsageError
+from blockdev.errors import BlockdevError, DeviceError, EngineError, UsageError, shortage
 from blockdev.fsck import Check, Repair
 from blockdev.origin import Origin
 from blockdev.owner import Owner
@@ -119,8 +119,9 @@ class Session:
         except Exception as error:  # noqa: BLE001 - a defect in one request must not end the owner
             # Frames only: the text of a foreign exception may hold a signed URL.
             frames = "".join(traceback.format_tb(error.__traceback__))
-            log.error("%s failed: a defect: %s\n%s", op, type(error).__name__, frames)
-            return control.error_body(EngineError(f"{op} failed: a defect of the owner: {type(error).__name__}"))
+            why = shortage(error) or f"a defect: {type(error).__name__}"
+            log.error("%s failed: %s\n%s", op, why, frames)
+            return control.error_body(EngineError(f"{op} failed: the owner: {why}"))
 
     def _hello(self, message: Message) -> Body:
         return {"pid": os.getpid()}
@@ -191,14 +192,21 @@ class Session:
                 failure.append(error)
 
         worker = threading.Thread(target=run, name="control-end", daemon=True)
-        worker.start()
+        try:
+            worker.start()
+        except RuntimeError:  # no thread to be had: the caller hears nothing meanwhile
+            run()
+        else:
+            self._show_life(worker)
+        if failure:
+            raise failure[0]
+
+    def _show_life(self, worker: threading.Thread) -> None:
         for beat in count(1):
             worker.join(_ALIVE_EVERY)
             if not worker.is_alive():
-                break
+                return
             self._channel.send(_WAITING if beat == _PATIENCE else {"progress": {}})
-        if failure:
-            raise failure[0]
 
     def _next(self, op: str) -> Message:
         """The caller's next request, which has to be this one."""

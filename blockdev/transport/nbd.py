@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from blockdev.descriptors import KEPT_FROM_CLIENTS, scarce
 from blockdev.errors import BlockdevError, UsageError
 from formats.errors import FormatError
 from formats.nbdwire import Closed, Export, Go, Negotiation
@@ -186,6 +187,10 @@ class NbdServer:
             return
         if self.connections >= CONNECTIONS_MAX:
             log.warning("accept an NBD client: export %r: it has %d connections already", self._name, CONNECTIONS_MAX)
+            accepted.close()
+            return
+        if scarce(accepted.fileno(), KEPT_FROM_CLIENTS):
+            log.warning("accept an NBD client: export %r: the descriptors left are kept for the owner", self._name)
             accepted.close()
             return
         accepted.setblocking(False)

@@ -128,5 +128,5 @@ def test_blobs_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
 
 def test_a_lock_that_is_a_fifo_has_no_holder(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "lock")
-    with pytest.raises(OSError, match="no regular file"):
+    with pytest.raises(AccessDenied, match="no regular file"):
         Root(tmp_path).owned()

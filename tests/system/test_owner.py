@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdev import client
+from blockdev import client, control
 from blockdev.errors import AccessDenied, DeviceError
 from blockdev.root import LAYOUT_VERSION, Root
 from tests.commands import WAIT, Run, until
@@ -161,6 +163,50 @@ def test_ps_starts_no_owner(run: Run, root: Root) -> None:
     listed = run("ps", "--json")
     assert (listed.returncode, json.loads(listed.stdout)) == (0, {"v": 1, "devices": []})
     assert not root.path.exists()
+
+
+def test_an_owner_that_leaves_takes_its_own_socket_only(root: Root) -> None:
+    first = asked_pid(root)
+    shutil.rmtree(root.path)
+    second = asked_pid(root)
+    assert second != first
+    os.kill(first, signal.SIGTERM)
+    assert until(lambda: not Path(f"/proc/{first}/cmdline").exists() or status(first, "State").startswith("Z"))
+    assert asked_pid(root) == second
+
+
+def test_an_owner_that_lives_and_cannot_be_reached_is_an_error(root: Root, run: Run) -> None:
+    with client.connect(root) as kept:  # else it is idle, and leaves
+        pid = kept.call("hello")["pid"]
+        root.socket.unlink()
+        listed = run("ps")
+    assert (listed.returncode, listed.stderr.count("\n")) == (7, 1)
+    assert f"ociblk-owner {pid} owns it and does not listen" in listed.stderr
+    os.kill(pid, signal.SIGTERM)
+    assert until(lambda: not root.owned())
+
+
+def test_an_owner_that_hangs_up_without_an_answer_is_an_error(root: Root, run: Run) -> None:
+    root.prepare()
+    holder = subprocess.Popen(["flock", "--exclusive", str(root.lock), "cat"], stdin=subprocess.PIPE)
+    assert until(root.owned)
+    listener = control.listen(root.socket)
+    with ThreadPoolExecutor(1) as pool:
+        listing = pool.submit(run, "ps")
+        while not listing.done():
+            listener.settimeout(0.2)
+            with contextlib.suppress(TimeoutError):
+                listener.accept()[0].close()
+        assert listing.result().returncode == 7
+    listener.close()
+    holder.communicate(timeout=WAIT)
+
+
+def test_an_owner_starts_for_a_caller_without_standard_streams(root: Root, ociblk: str) -> None:
+    command = ["sh", "-c", 'exec "$0" cache stat --root "$1" <&- >&- 2>&-', ociblk, str(root.path)]
+    assert subprocess.run(command, check=False, timeout=60).returncode == 0
+    assert root.owned()
+    assert "ready" not in root.log.read_text()
 
 
 def test_stop_without_an_owner_succeeds(run: Run, root: Root) -> None:
