@@ -53,7 +53,7 @@ MakeDisk = Callable[[Wrapping, int], Disk]  # how layers are stored, and threads
 class Options:
     """How to convert. platform: None stands for all that the image has; jobs: threads that compress.
 
-    file_system: the kernel's name of what `disk` makes.
+    strict: the platform has to be that of an only image, too. file_system: the kernel's name of what `disk` makes.
     """
 
     platform: oci.Platform | None
@@ -62,6 +62,7 @@ class Options:
     wrapping: Wrapping = field(default_factory=lambda: Wrapping(tar=True, digests=True))
     jobs: int = field(default_factory=all_cores)
     referrer: bool = False
+    strict: bool = False
 
     def check(self) -> None:
         """UsageError if nothing can be made so."""
@@ -113,7 +114,7 @@ def convert(
     displaces = target.displaces(source)
     if displaces and not options.referrer:
         raise UsageError(f"converting failed: {target.place}: it would take its source's place")
-    images = choose(source, top, options.platform)
+    images = choose(source, top, options.platform, strict=options.strict)
     with Sending(source, target, workshop, Meter(progress, images)) as sending:
         pending = [_convert_image(source, image, sending, workshop, options) for image in images]
         finished = [[future.result() for future in layers] for layers in pending]

@@ -74,8 +74,21 @@ def read_image(depot: Depot, document: Document, entry: oci.Descriptor | None = 
         raise CorruptImage(f"reading an image failed: {name}: {error}") from None
 
 
-def choose(depot: Depot, document: Document, platform: oci.Platform | None) -> list[SourceImage]:
-    """The image for a platform; for every one that a document has, if it is None."""
+def choose(
+    depot: Depot, document: Document, platform: oci.Platform | None, *, strict: bool = False
+) -> list[SourceImage]:
+    """The image for a platform; for every one that a document has, if it is None.
+
+    NotFound if there is none. An image that is the only one is taken whatever it is for, unless `strict`.
+    """
+    found = _choose(depot, document, platform)
+    if strict and platform and not platform.accepts(found[0].platform):
+        why = f"no image for {platform} (it is for {oci.shown(str(found[0].platform)) or 'none'})"
+        raise NotFound(f"converting failed: {depot.name}@{document.digest}: {why}")
+    return found
+
+
+def _choose(depot: Depot, document: Document, platform: oci.Platform | None) -> list[SourceImage]:
     try:
         top = oci.parse_manifest(document.body)
         if isinstance(top, oci.Manifest):

@@ -26,7 +26,7 @@ BLOCK_SIZE = 16 << 10  # a tenth smaller than 4 KiB; docs/decisions/0010
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="an image in a registry, or oci:DIR[:TAG]")
-    parser.add_argument("target", metavar="DST", help="where the block image goes: the same, with a tag")
+    parser.add_argument("target", metavar="DST", help="where the block image goes: the same, without a digest")
     parser.add_argument("--fs", choices=["erofs", "ext4"], default="erofs", help="(default %(default)s)")
     parser.add_argument("--codec", choices=["lz4", "zstd"], default="lz4", help="(default %(default)s)")
     parser.add_argument(
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> None:
             Wrapping(args.codec, args.block_size, tar=True, digests=True),
             all_cores() if args.jobs is None else args.jobs,
             args.referrer,
+            strict=args.platform is not None,
         )
         options.check()
         depots = Depots(args, stack)

@@ -262,6 +262,17 @@ def test_one_platform_becomes_an_image(converter: Converter, platforms: Path, ta
         converter(platforms, target, platform=oci.Platform("linux", "s390x"))
 
 
+def test_an_only_image_is_taken_unless_another_platform_is_insisted_on(
+    converter: Converter, source: Path, target: Path
+) -> None:
+    other = oci.Platform("linux", "sparc")
+    with pytest.raises(NotFound, match="no image for linux/sparc"):
+        converter(source, target, platform=other, strict=True)
+    assert not target.exists()
+    made = converter(source, target, platform=other)
+    assert converter(source, target, platform=oci.Platform("linux", "amd64"), strict=True).digest == made.digest
+
+
 def test_an_index_without_images_is_refused(converter: Converter, source: Path, target: Path) -> None:
     body = oci.Index(()).build()
     Layout(source, TAG).tag(Document(oci.OCI_INDEX, oci.digest_of(body), body))

@@ -13,6 +13,7 @@ import pytest
 from blockdev.errors import BlockdevError, CorruptImage, NotFound, UsageError
 from blockdev.origin import Origin, locate
 from formats import layout, oci
+from tests import ordinary
 
 DATA = Path(__file__).parent.parent / "data"
 LAYER = DATA / "d-l0.lsmt"
@@ -163,6 +164,11 @@ def test_a_layout_with_a_colon_in_its_name_is_found(tmp_path: Path) -> None:
     write_layout(tmp_path / "a:1", [b"layer"])
     with locate(f"oci:{tmp_path}/a:1") as origin, locate(f"oci:{tmp_path}/a:1:1") as tagged:
         assert contents(origin) == contents(tagged) == [b"layer"]
+
+
+def test_an_ordinary_image_is_refused_with_what_converts_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="ociblk convert makes a block image of it"):
+        locate(f"oci:{ordinary.make(tmp_path / 'image', ordinary.lower)}")
 
 
 def test_an_absent_tag_is_not_found(tmp_path: Path) -> None:

@@ -175,6 +175,7 @@ def test_what_is_no_image_name_is_refused_before_anything_starts(run: Run, tmp_p
         (2, source, "localhost/UPPER:1"),
         (2, source, f"localhost/app@sha256:{'0' * 64}"),
         (3, f"oci:{tmp_path}/none:1", target),
+        (3, source, target, "--platform", "linux/sparc"),
     ):
         assert run("convert", *map(str, words)).returncode == code
     assert not (tmp_path / "block").exists()

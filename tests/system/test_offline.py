@@ -141,6 +141,18 @@ def test_a_lazy_image_serves_what_is_there_and_fails_by_policy(
     assert run("umount", file).returncode == 0
 
 
+def test_a_pull_says_it_as_every_command_does(
+    run: Run, registry: Registry, pushed: tuple[str, str], disk: Path, tmp_path: Path
+) -> None:
+    tag, by_digest = pushed
+    _whole(run, tag, disk, tmp_path)
+    registry.stop()
+    pulled = run("pull", tag)
+    assert pulled.returncode == 0
+    digest = by_digest.partition("@")[2]
+    assert re.fullmatch(_NOTICE.format(host=registry.host, name=tag, digest=digest), pulled.stderr)
+
+
 def test_an_image_never_seen_is_the_registrys_failure(run: Run, registry: Registry, pushed: tuple[str, str]) -> None:
     registry.stop()
     failed = run("inspect", pushed[0])
