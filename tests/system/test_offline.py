@@ -211,6 +211,7 @@ def test_a_full_root_is_one_clear_error(run: Run, root: Root, pushed: tuple[str,
     root.path.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=0700", "tmpfs", root.path], check=True)
     try:
+        root.version.write_text("1\n")
         with open(root.path / "filler", "wb") as filler, pytest.raises(OSError, match="No space"):
             filler.write(bytes(1 << 20))
         refused = run("inspect", pushed[0])
