@@ -251,9 +251,9 @@ class Owner:
             log.warning("cache not written, reads go on without it root=%s reason=%s", self._root.path, why)
 
     def _note_failure(self, id: int) -> None:
-        digest, why = self._supply.failure(id)
+        blob, why = self._supply.failure(id)
         for device in self.devices():
-            if any(named.name == digest for named in device.stack.blobs):
+            if any(named.blob is blob for named in device.stack.blobs):
                 device.error = why
 
     def busy(self) -> bool:

@@ -158,7 +158,7 @@ class Remotes:
     def source(self, access: Mapping[str, Any], place: Place, blob: NamedBlob, undo: ExitStack) -> RegistryBlob:
         """Where the bytes of an open blob can be had, for whoever wants them at once."""
         asked = Access.from_wire(access)
-        asked = replace(asked, plain_http=asked.plain_http or place.plain_http)
+        asked = replace(asked, plain_http=place.plain_http)
         layer = BlockLayer(blob.name, blob.blob.size)
         return _source(self.client(place.registry, asked, undo), place, layer, blob.blob, undo)
 

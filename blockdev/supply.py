@@ -50,7 +50,6 @@ SourceOf = Callable[[Into, ExitStack], Source]
 class _Open:
     """An open blob. unwritten: the errno with which its cache was last not written; 0 if it always was."""
 
-    digest: str
     blob: Blob
     sources: Several[Word]
     unwritten: int = 0
@@ -99,7 +98,7 @@ class Supply:
         """
         with self._lock:
             entry = self._cache.open(digest, size, policy, place, repository)
-            opened = self._open.get(entry.id) or _Open(digest, entry.blob, Several(self.backoff, entry.claim))
+            opened = self._open.get(entry.id) or _Open(entry.blob, Several(self.backoff, entry.claim))
             word = entry.word
             units = entry.units if word.table else None
             try:
@@ -140,11 +139,11 @@ class Supply:
         """The engine has given up on a blob's source: it is probed from now on."""
         self._pool.blob_down(id)
 
-    def failure(self, id: int) -> tuple[str, str]:
-        """Digest of an open blob, and why its last fetch failed; "" for what is not so."""
+    def failure(self, id: int) -> tuple[Blob | None, str]:
+        """An open blob, and why its last fetch failed; None and "" for what is not so."""
         with self._lock:
             opened = self._open.get(id)
-            return opened.digest if opened else "", str(self._pool.failure(id) or "")
+            return opened.blob if opened else None, str(self._pool.failure(id) or "")
 
     def corrupt(self, blobs: Iterable[NamedBlob]) -> CorruptImage | None:
         """Why the last fetch of one of these failed, if what came was not what the image's manifest says."""

@@ -9,6 +9,7 @@ a source for what is missing. Every choice hangs on the number of the case.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ from tests.stacks import Op, Plan, Stack
 CASES = scaled(20, 1000)  # of each kind
 BLOCK = 4096
 POLICY = Policy("eio", 30.0)
+RIGHT, WRONG = (digest_of(name) for name in (b"registry.example/app", b"elsewhere.example/app"))
 _OPS = (Op(0, 700, 1), Op(900, 500, 3), Op(1500, 40, None))
 PLANS = {
     "raw": Plan(1600, _OPS),
@@ -128,14 +130,47 @@ class Machine:
         entry.blob.store(0, self.blob)
         entry.verify()
 
-    def check(self, folder: Path, left: tuple[bytes, bytes]) -> None:
+    def history_of_two(self, folder: Path, rng: random.Random, patch: pytest.MonkeyPatch) -> Disk:
+        """A life of an entry that images of two repositories use in turns, of which one has other bytes."""
+        cache, disk = Cache(folder, self.engine), Disk()
+        path = entryfiles.path_of(folder, self.digest)
+        contents = {RIGHT: self.blob, WRONG: rng.randbytes(len(self.blob))}
+
+        def note() -> None:
+            disk.data.append(path.read_bytes())
+            disk.map.append(entryfiles.map_of(path).read_bytes())
+
+        def fsync(fd: int) -> None:
+            for versions, file in ((disk.data, path), (disk.map, entryfiles.map_of(path))):
+                if os.fstat(fd).st_ino == file.stat().st_ino:
+                    versions[:] = [file.read_bytes()]
+
+        patch.setattr(os, "fsync", fsync)
+        for _ in range(rng.randint(2, 5)):
+            repository = rng.choice((RIGHT, WRONG))
+            entry = cache.open(self.digest, len(self.blob), POLICY, repository=repository)
+            note()
+            for _ in range(rng.randint(1, 4)):
+                act = rng.choice((self._drop, self._verify) if repository == RIGHT else (self._drop,))
+                if rng.random() < 0.3:
+                    act(entry, disk, rng)
+                    note()
+                start, length = self._run(rng)
+                entry.claim([entry.word])  # as Several does
+                entry.blob.store(start, contents[repository][start : start + length])
+                note()
+            entry.close()
+        patch.undo()
+        return disk
+
+    def check(self, folder: Path, left: tuple[bytes, bytes], repository: str = "") -> None:
         """Every byte that is read of what a cut has left is right, and so is what is said of it."""
         path = entryfiles.path_of(folder, self.digest)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(left[0])
         entryfiles.map_of(path).write_bytes(left[1])
         self.source.reads.clear()
-        entry = Cache(folder, self.engine).open(self.digest, len(self.blob), POLICY)
+        entry = Cache(folder, self.engine).open(self.digest, len(self.blob), POLICY, repository=repository)
         try:
             self.pool.attach(entry.id, entry.blob, self.source)
             verified = entry.verified
@@ -199,6 +234,23 @@ def test_every_byte_is_right_after_a_cut(
     assert verified > 0
     figures = {"cases": CASES, "bytes_kept": kept, "bytes_fetched_again": fetched, "verified": verified}
     record_measured(f"power-cut-{request.node.callspec.id}", figures)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("machine", ["raw"], indirect=True)
+def test_no_cut_makes_another_repositorys_bytes_ones_own(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = 0
+    for case in range(2 * CASES):
+        rng = random.Random(case)
+        disk = machine.history_of_two(tmp_path / f"before-{case}", rng, monkeypatch)
+        try:
+            machine.check(tmp_path / f"after-{case}", disk.cut(rng), RIGHT)
+        except (AssertionError, CorruptImage) as error:
+            raise AssertionError(f"case {case}") from error
+        kept += len(machine.blob) - sum(length for _, length in machine.source.reads)
+    assert kept > 0
 
 
 @pytest.mark.timeout(1800)
