@@ -285,7 +285,6 @@ def mount(image: Path, point: Path) -> Iterator[Path]:
 
 
 def fsck(image: Path) -> None:
-    """fsck.erofs finds nothing wrong."""
+    """fsck.erofs finds nothing wrong: it exits with 0 whatever it finds, but is silent only if that is nothing."""
     found = subprocess.run(["fsck.erofs", image], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    assert "error" not in found.stderr.lower().replace("no error", ""), found.stderr
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", ""), found.stderr

@@ -49,6 +49,15 @@ def test_an_empty_tree_mounts(disk: Disk, tmp_path: Path) -> None:
         assert difference(mounted(point), listing(root, {})) == ""
 
 
+def test_a_checker_that_finds_something_fails_the_test(disk: Disk) -> None:
+    disk.finish(directory())
+    with disk.path.open("r+b") as file:
+        file.seek(1024 + 4)  # the superblock's checksum
+        file.write(b"\xff" * 4)
+    with pytest.raises(AssertionError, match="checksum"):
+        fsck(disk.path)
+
+
 def tame(disk: Disk) -> Node:
     """A rich tree without what mkfs.erofs 1.5 cannot take: some names, paths longer than PATH_MAX."""
     root = rich(disk, 0)
