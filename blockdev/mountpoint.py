@@ -145,7 +145,8 @@ class FuseFile:
         self.path = Path(f"/proc/self/fd/{self._mount}")
 
     def _mount_nowhere(self, writable: bool) -> int:
-        options = _fuse_options(self.fuse_fd, writable)
+        read_only: dict[str, str | None] = {} if writable else {"ro": None}  # or each read would change its access time
+        options = _fuse_options(self.fuse_fd, writable) | read_only
         return syscalls.mount_nowhere("fuse", flags=_fuse_flags(writable), options=options)
 
     def passed(self) -> None:

@@ -384,6 +384,14 @@ def test_whoever_unmounts_the_directory_ends_the_file(mounter: Mounter, way: str
     mount.disk.wait()
 
 
+def test_attributes_are_never_asked_for_again(disks: dict[str, Path], tmp_path: Path) -> None:
+    """Who looks for a mount asks its loop device, which asks for them: a stopped server would keep it waiting."""
+    with served_nowhere(disks["ext4"], tmp_path) as (disk, file), file:
+        file.path.read_bytes()
+        disk.stop()
+        assert file.path.stat().st_size == disks["ext4"].stat().st_size
+
+
 def test_force_takes_what_is_mounted_below_along(mounter: Mounter, disks: dict[str, Path], tmp_path: Path) -> None:
     outer = mounter("ext4")
     inner = outer.directory / "deep"
