@@ -79,6 +79,7 @@ class OpenEntry:
         self.users: list[User] = []
         self._repository = repository  # of who opened it
         self._unlooked = units is not None and files.head.table != units.place.digest
+        self._policy = Policy("eio")
         self._claiming = threading.Lock()
         self._closed = False
         self._sealed = 0 if sealed else None  # what had been taken away of the blob when it was verified
@@ -128,10 +129,14 @@ class OpenEntry:
         self._set_policy()
 
     def _set_policy(self) -> None:
-        """The most patient of those who are here rules."""
+        """The most patient of those who are here rules. What a less patient one gave up is tried again for him."""
         policies = [user.policy for user in self.users if user.policy]
-        if policies:
-            self.blob.set_policy(max(policies, key=lambda policy: policy.patience))
+        if not policies:
+            return
+        before, self._policy = self._policy, max(policies, key=lambda policy: policy.patience)
+        self.blob.set_policy(self._policy)
+        if self._policy.patience > before.patience and self.blob.stat().down:
+            self.blob.healthy()
 
     @property
     def words(self) -> list[Word]:

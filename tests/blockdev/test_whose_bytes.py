@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,106 +11,20 @@ from pathlib import Path
 import pytest
 
 from blockdev import entryfiles
-from blockdev.cache import Cache
 from blockdev.catalog import Catalog
 from blockdev.catalog import Place as Repository
 from blockdev.config import Policy
-from blockdev.engine import EXTENT_SIZE, Engine, Priority
-from blockdev.errors import CorruptImage, NotFound, SourceError
-from blockdev.fsck import Check, Finding, Fsck, Refetch
-from blockdev.layer import CRC_ONLY, SHA256, NamedBlob
+from blockdev.engine import EXTENT_SIZE, Priority
+from blockdev.errors import CorruptImage
 from blockdev.origin import Part
 from blockdev.remote import Remotes
-from blockdev.supply import Supply
-from formats import oci, presence
-from formats.digests import UNIT, Place
+from formats import presence
+from formats.digests import Place
 from tests.checked import await_written
+from tests.claimants import DIGEST, EVIL_PAYLOAD, EVIL_TABLE, GOOD, HERE, SIZE, TABLE, THERE, WAIT, Bench
 from tests.fakes.blob_server import REPOSITORY, BlobServer
-from tests.fakes.memory_source import MemorySource
 from tests.filling import flip
 from tests.small_image import NOBODY
-from tests.tabled import tabled
-
-WAIT = 20.0
-GOOD, TABLE = tabled(random.Random(5).randbytes(3 * UNIT + 1000))
-SIZE = len(GOOD)
-DIGEST = oci.digest_of(GOOD)
-EVIL_PAYLOAD, EVIL_TABLE = tabled(random.Random(6).randbytes(3 * UNIT + 1000))
-HERE = Repository("registry.example", "app", plain_http=False)
-THERE = Repository("elsewhere.example", "app", plain_http=False)
-
-
-class Bench:
-    """An owner's engine, cache and supply; open() is what an image does that names DIGEST."""
-
-    def __init__(self, folder: Path) -> None:
-        self.blobs = folder / "blobs"
-        self.catalog = Catalog(folder / "catalog")
-        self.good = MemorySource(GOOD, "good")
-        self.evil = MemorySource(EVIL_PAYLOAD, "evil")
-        self.start()
-
-    def start(self) -> None:
-        self.engine = Engine(work_threads=1, readahead_extents=0)
-        self.cache = Cache(self.blobs, self.engine)
-        self.supply = Supply(self.engine, self.cache)
-
-    def open(
-        self,
-        undo: ExitStack,
-        source: MemorySource,
-        place: Place | None = None,
-        *,
-        of: Repository | None = None,
-        policy: Policy | None = None,
-        size: int = SIZE,
-    ) -> NamedBlob:
-        of = of or (THERE if source is self.evil else HERE)
-        policy = policy or Policy("eio", WAIT)
-        self.catalog.note_place(of, [DIGEST])
-        return self.supply.open(DIGEST, size, policy, lambda into, undo: source, undo, place, of.key)
-
-    def read(self, source: MemorySource, place: Place | None = None, length: int = SIZE) -> bytes:
-        """What an image of the source's repository reads that is mounted for it."""
-        with ExitStack() as undo:
-            blob = self.open(undo, source, place).blob
-            try:
-                return blob.read_at(0, length)
-            finally:
-                await_written(blob, length)
-
-    def fill(self, *extents: int) -> None:
-        """Some of it, from where it belongs."""
-        with ExitStack() as undo:
-            blob = self.open(undo, self.good).blob
-            for extent in extents:
-                blob.read_at(extent * EXTENT_SIZE, EXTENT_SIZE)
-            await_written(blob, len(extents) * EXTENT_SIZE)
-        self.good.reads.clear()
-
-    def adopt(self, folder: Path) -> None:
-        (folder / "file").write_bytes(GOOD)
-        with open(folder / "file", "rb") as file:
-            assert self.cache.adopt(file.fileno(), DIGEST) == DIGEST
-
-    @property
-    def data(self) -> Path:
-        return entryfiles.path_of(self.blobs, DIGEST)
-
-    def head(self) -> presence.Head:
-        return presence.Head.parse(entryfiles.map_of(self.data).read_bytes()[: presence.HEAD_SIZE])
-
-    def repair(self, sources: dict[Repository, MemorySource]) -> list[Finding]:
-        fsck = Fsck(self.blobs, self.cache, self.catalog)
-        report, damaged = fsck.check(Check((), digests=False), lambda done, total: None)
-        policy = Policy("eio", 0.2)
-        refetch = Refetch(lambda place, blob, undo: sources[place], self.supply.backoff, policy)
-        return [one for blob in damaged for one in fsck.repair(blob, report.bad, refetch)]
-
-    def close(self) -> None:
-        self.engine.stop()
-        assert self.supply.join(WAIT)
-        self.engine.close()
 
 
 @pytest.fixture
@@ -322,69 +235,6 @@ def test_what_was_verified_is_repaired_from_anywhere_and_then_from_there(bench: 
     assert bench.head().repository == THERE.key
     bench.evil.well = True
     assert bench.read(bench.good) == GOOD
-
-
-# ---- several sources ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("table", [None, TABLE])
-def test_a_second_that_has_not_got_it_harms_nobody(bench: Bench, undo: ExitStack, table: Place | None) -> None:
-    blob = bench.open(undo, bench.good, table, policy=Policy("eio", 5.0)).blob
-    other = MemorySource(GOOD, "other")
-    other.failures.extend([NotFound("reading a blob failed: other: 404")] * 1000)
-    assert bench.open(undo, other, table).blob is blob
-    assert blob.read_at(0, SIZE) == GOOD
-    assert len(other.reads) <= 1
-    assert bench.supply.failure(1)[1] == ""
-
-
-@pytest.mark.parametrize("table", [None, TABLE])
-def test_the_first_that_fails_is_left_for_the_second(bench: Bench, undo: ExitStack, table: Place | None) -> None:
-    blob = bench.open(undo, bench.good, table, policy=Policy("eio", 5.0)).blob
-    assert blob.read_at(0, 10) == GOOD[:10]
-    bench.good.well = False
-    other = MemorySource(GOOD, "other")
-    bench.open(undo, other, table)
-    assert blob.read_at(2 * UNIT, 10) == GOOD[2 * UNIT :][:10]
-    other.well, bench.good.well = False, True
-    assert blob.read_at(0, SIZE) == GOOD
-
-
-def test_when_the_one_that_works_leaves_the_other_fails_by_its_policy(bench: Bench, undo: ExitStack) -> None:
-    with ExitStack() as first:
-        blob = bench.open(first, bench.good).blob
-        other = MemorySource(GOOD, "other")
-        other.failures.extend([NotFound("reading a blob failed: other: 404")] * 1000)
-        bench.open(undo, other)
-        assert blob.read_at(0, 10) == GOOD[:10]
-    with pytest.raises(SourceError):
-        blob.read_at(2 * UNIT, 10)
-    assert "404" in bench.supply.failure(1)[1]
-
-
-# ---- policies -------------------------------------------------------------------------------------------
-
-
-def test_the_most_patient_one_rules_while_it_is_here(
-    bench: Bench, undo: ExitStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ruling: list[str] = []
-    blob = bench.open(undo, bench.good, policy=Policy("eio", 30.0)).blob
-    monkeypatch.setattr(blob, "set_policy", lambda policy: ruling.append(str(policy)))
-    with ExitStack() as mounted:
-        bench.open(mounted, bench.good, policy=Policy("hang"))
-        with ExitStack() as inspecting:
-            bench.open(inspecting, bench.good, policy=Policy("eio", 90.0))
-            bench.open(inspecting, bench.good, policy=Policy("retry", 1.0))
-            assert ruling[-1] == "hang"
-        assert ruling[-1] == "hang"
-    assert ruling[-1] == "eio:30s"
-    with ExitStack() as verifying:
-        bench.open(verifying, bench.good, policy=Policy("retry", 1.0))
-        assert ruling[-1] == "retry:1s"
-    assert ruling[-1] == "eio:30s"
-    assert bench.open(undo, bench.good).checked == CRC_ONLY
-    assert bench.open(undo, bench.good, TABLE).checked == SHA256
 
 
 # ---- as images name it ----------------------------------------------------------------------------------
