@@ -13,8 +13,8 @@ import time
 
 from blockdev import client, control, journal, mountpoint
 from blockdev.cli import text
-from blockdev.cli.umount import NotSynced, unmount
-from blockdev.errors import BlockdevError, DeviceError, UsageError
+from blockdev.cli.umount import unmount
+from blockdev.errors import BlockdevError, DeviceError, EngineError, UsageError
 from blockdev.root import Root
 
 STOP_LIMIT = 10.0  # seconds until the owner has gone, not counting what it says it waits for a disk
@@ -116,7 +116,7 @@ def _unmount_all(connection: client.Connection, root: Root) -> list[BlockdevErro
                 try:
                     unmount(mounted.point, root, force=False)
                     continue
-                except NotSynced as error:
+                except EngineError as error:  # by the sync before, or by the flush after
                     lost.append(error)
                 except BlockdevError:  # synced, and in use
                     pass

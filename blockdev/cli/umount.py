@@ -22,10 +22,6 @@ from blockdev.mountpoint import Mounted
 from blockdev.root import Root
 
 
-class NotSynced(EngineError):
-    """What was written is not on its disk."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="DIR", type=parse_path, help="where it is mounted, or mount --raw's file")
     parser.add_argument("--force", action="store_true", help="even if it is in use: its users get errors from now on")
@@ -98,10 +94,10 @@ def _sync(found: Mounted, root: Root) -> None:
             if owner is None:
                 raise DeviceError(f"no owner of {root.path} answers")
         except BlockdevError as error:
-            raise NotSynced(f"umount failed: {point}: syncing what was written: {error}") from None
+            raise EngineError(f"umount failed: {point}: syncing what was written: {error}") from None
         owner.close()
         text.print_notice(f"{point}: waiting for the disk that was written to")
         syncing.join(mountpoint.UMOUNT_DEADLINE)
     if failure:
         why = os.strerror(failure[0].errno or 0)
-        raise NotSynced(f"umount failed: {point}: syncing what was written: {why} (--force gives it up)")
+        raise EngineError(f"umount failed: {point}: syncing what was written: {why} (--force gives it up)")

@@ -87,7 +87,7 @@ def fill(folder: Path) -> Path:
     return filler
 
 
-@pytest.mark.parametrize("order", ["stop", "umount, SIGTERM", "SIGTERM"])
+@pytest.mark.parametrize("order", ["stop", "stop in use", "umount, SIGTERM", "SIGTERM"])
 def test_whatever_ends_a_raw_disk_flushes_it(tmp_path: Path, run: Run, root: Root, order: str) -> None:
     requires_mount()
     disk = tmp_path / "disk"
@@ -96,6 +96,9 @@ def test_whatever_ends_a_raw_disk_flushes_it(tmp_path: Path, run: Run, root: Roo
     write(disk)
     if order == "stop":
         assert run("daemon", "--stop", "--force").returncode == 0
+    elif order == "stop in use":
+        with disk.open("rb"):
+            assert run("daemon", "--stop", "--force").returncode == 0
     else:
         if order == "umount, SIGTERM":
             assert run("umount", disk).returncode == 0
