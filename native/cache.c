@@ -494,6 +494,7 @@ static int extents_store(struct ob_blob *blob, uint64_t first, uint64_t count, c
 	int error = extents_write(blob, first, count, bytes);
 
 	pthread_mutex_lock(&queue->lock);
+	atomic_store(&queue->hosts[blob->host].heard_ns, engine_now());
 	for (uint64_t i = 0; i < count; i++)
 		extent_set(blob, first + i, error ? fetch_owner_kind(blob, first + i) : EXTENT_PRESENT | EXTENT_CHECKED, 0);
 	if (error)
@@ -575,11 +576,21 @@ int ob_blob_set_policy(struct ob_blob *blob, int policy, uint64_t policy_ns)
 	return 0;
 }
 
+void ob_blob_set_host(struct ob_blob *blob, uint32_t host)
+{
+	pthread_mutex_lock(&blob->engine->fetch.lock);
+	blob->host = host % HOSTS;
+	queue_call_next(&blob->engine->fetch, blob->engine->config.fetch_bytes);
+	fetch_unlock(&blob->engine->fetch, NULL, NULL);
+}
+
 void ob_blob_healthy(struct ob_blob *blob)
 {
 	pthread_mutex_lock(&blob->engine->fetch.lock);
 	blob->failing_since = 0;
 	blob->down = 0;
+	blob->engine->fetch.hosts[blob->host].failing = 0;
+	queue_call_next(&blob->engine->fetch, blob->engine->config.fetch_bytes);
 	fetch_unlock(&blob->engine->fetch, NULL, NULL);
 }
 

@@ -69,6 +69,7 @@ struct ob_blob {
 	uint64_t stream_clock;
 	int policy;
 	int64_t policy_ns;
+	uint32_t host;           /* of the queue's */
 	int64_t failing_since;   /* 0: healthy */
 	int64_t progress_ns;     /* when bytes last arrived */
 	int down;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * fetch.c: the miss queue: single flight, order, deadlines, and the border where
- * bytes arrive.
+ * fetch.c: the life of a miss: single flight, giving up, and the border where bytes
+ * arrive.
  */
 #include "fetch.h"
 
@@ -14,37 +14,10 @@
 #include "readahead.h"
 #include "status.h"
 
-enum {
-	FETCH_EXTENTS_MAX = OB_UNIT_MAX, /* 2 MiB: long enough that a round trip is paid seldom */
-	BUFFER_SIZE = FETCH_EXTENTS_MAX * OB_EXTENT_SIZE,
-	KEPT_BYTES_MAX = 16 << 20      /* fetched but not cacheable (disk full): kept in memory */
-};
+enum { KEPT_BYTES_MAX = 16 << 20 };     /* fetched but not cacheable (disk full): kept in memory */
+
 static _Thread_local const struct fetch *telling;   /* what this thread tells readers of before it writes it */
 static _Thread_local int told_closed;               /* ... of whom one has closed the blob: no time to wait for the write */
-
-/* ---- the queue ---- */
-
-/* Somebody should look for a fetch of this priority. One kept for foreground goes first,
- * so that the others stay free for more. */
-static void queue_call(struct fetch_queue *queue, int priority)
-{
-	uint32_t kept = priority == OB_FOREGROUND ? queue->idle & queue->foreground : 0;
-	uint32_t able = kept ? kept : queue->idle & ~queue->foreground, one = able & -able;
-
-	queue->idle &= ~one;
-	queue->called |= one;
-}
-
-static void queue_push(struct fetch_queue *queue, struct fetch *fetch)
-{
-	TAILQ_INSERT_TAIL(&queue->queues[fetch->lent.priority], fetch, queued);
-	queue_call(queue, fetch->lent.priority);
-}
-
-static void queue_remove(struct fetch_queue *queue, struct fetch *fetch)
-{
-	TAILQ_REMOVE(&queue->queues[fetch->lent.priority], fetch, queued);
-}
 
 struct fetch *fetch_find(const struct ob_blob *blob, uint64_t extent)
 {
@@ -98,7 +71,7 @@ void fetch_unlock(struct fetch_queue *queue, struct parked *ready, struct fetch 
 
 		discarded = fetch->next;
 		if (fetch->lent.buffer)
-			munmap(fetch->lent.buffer, fetch->phase == FETCH_KEPT ? fetch->lent.length : BUFFER_SIZE);
+			munmap(fetch->lent.buffer, fetch->phase == FETCH_KEPT ? fetch->lent.length : FETCH_BUFFER_SIZE);
 		free(fetch);
 		blob_release(blob);
 	}
@@ -241,78 +214,20 @@ static int fetch_trim(struct fetch *fetch)
 	return fetch->count != 0;
 }
 
-/* The most urgent fetch that may start now. Lowers *until_ns to when another may. */
-static struct fetch *queue_pick(struct fetch_queue *queue, int lowest, uint64_t budget, int64_t *until_ns)
-{
-	int64_t now = engine_now();
-	struct fetch *fetch;
-
-	for (int priority = 0; priority <= lowest; priority++) {
-		TAILQ_FOREACH(fetch, &queue->queues[priority], queued) {
-			if (fetch->not_before_ns > now) {
-				if (fetch->not_before_ns < *until_ns)
-					*until_ns = fetch->not_before_ns;
-				continue;
-			}
-			if (queue->lent_bytes && queue->lent_bytes + fetch->count * OB_EXTENT_SIZE > budget)
-				return NULL;
-			return fetch;
-		}
-	}
-	return NULL;
-}
-
 static int fetch_lend(struct fetch_queue *queue, struct fetch *fetch)
 {
-	void *buffer = queue->spares ? queue->spare[--queue->spares] : mmap(NULL, BUFFER_SIZE, PROT_READ | PROT_WRITE,
-	                                                                   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	void *buffer = buffer_take(queue);
 
-	if (buffer == MAP_FAILED)
-		return status_set(ENOMEM, "fetch: buffer of %d bytes: out of memory", BUFFER_SIZE);
-	queue_remove(queue, fetch);
+	if (!buffer)
+		return status_set(ENOMEM, "fetch: buffer of %d bytes: out of memory", FETCH_BUFFER_SIZE);
 	fetch->phase = FETCH_LENT;
 	fetch->published = 0;
 	fetch->lent.offset = fetch->first * OB_EXTENT_SIZE;
 	fetch->lent.length = (fetch->count - 1) * OB_EXTENT_SIZE + extent_length(fetch->blob, fetch->first + fetch->count - 1);
 	fetch->lent.buffer = buffer;
-	queue->lent_bytes += fetch->lent.length;
 	fetch->blob->fetch_count++;
+	queue_lend(queue, fetch);
 	return 0;
-}
-
-/* Somebody more should look, if anything is left to do. */
-static void queue_call_next(struct fetch_queue *queue)
-{
-	for (int priority = OB_FOREGROUND; priority <= OB_BULK; priority++) {
-		if (!TAILQ_EMPTY(&queue->queues[priority])) {
-			queue_call(queue, priority);
-			return;
-		}
-	}
-}
-
-static void spares_free(struct fetch_queue *queue)
-{
-	while (queue->spares)
-		munmap(queue->spare[--queue->spares], BUFFER_SIZE);
-}
-
-/* In a slot, until called or until then. */
-static int queue_wait(struct fetch_queue *queue, int lowest, int64_t until_ns)
-{
-	uint32_t slot, bit;
-
-	if (queue->used == UINT32_MAX)
-		return status_set(EMFILE, "next fetch: more than %d threads wait", FETCH_SLOTS);
-	slot = (uint32_t)__builtin_ctz(~queue->used);
-	bit = (uint32_t)1 << slot;
-	queue->used |= bit;
-	queue->idle |= bit;
-	queue->foreground = lowest == OB_FOREGROUND ? queue->foreground | bit : queue->foreground & ~bit;
-	engine_wait_until(&queue->wake[slot], &queue->lock, until_ns);
-	queue->used &= ~bit;
-	queue->idle &= ~bit;
-	return -EAGAIN;
 }
 
 int ob_fetch_next(struct ob_engine *engine, int lowest, int64_t timeout_ns, ob_fetch **out)
@@ -333,14 +248,14 @@ int ob_fetch_next(struct ob_engine *engine, int lowest, int64_t timeout_ns, ob_f
 		if (queue->stopping) {
 			status = status_set(ESHUTDOWN, "next fetch: the engine is stopping");
 		} else if (!fetch && engine_now() >= until) {
-			spares_free(queue);
+			buffers_free(queue);
 			status = -ETIMEDOUT;
 		} else if (!fetch) {
 			status = queue_wait(queue, lowest, wait_until);
 		} else if (fetch_trim(fetch)) {
 			status = fetch_lend(queue, fetch);
 			*out = &fetch->lent;
-			queue_call_next(queue);
+			queue_call_next(queue, engine->config.fetch_bytes);
 		} else {
 			queue_remove(queue, fetch);
 			parked_settle_fetch(fetch, -EAGAIN, &ready);
@@ -412,6 +327,8 @@ int ob_fetch_advance(ob_fetch *lent, uint64_t filled)
 	blob->failing_since = 0;
 	blob->down = 0;
 	blob->progress_ns = engine_now();
+	fetch_heard(fetch);
+	fetch->host->failing = 0;
 	for (uint64_t i = from; i < to; i++) {
 		if (extent_kind(blob, fetch->first + i) == EXTENT_FETCHING)
 			extent_set(blob, fetch->first + i, EXTENT_RESIDENT, 0);
@@ -447,7 +364,7 @@ static void kept_evict(struct fetch_queue *queue, struct fetch *fetch, struct fe
 static void kept_add(struct fetch_queue *queue, struct fetch *fetch, struct fetch **discarded)
 {
 	fetch->phase = FETCH_KEPT;
-	mremap(fetch->lent.buffer, BUFFER_SIZE, fetch->lent.length, 0);
+	mremap(fetch->lent.buffer, FETCH_BUFFER_SIZE, fetch->lent.length, 0);
 	TAILQ_INSERT_TAIL(&queue->kept, fetch, queued);
 	queue->kept_bytes += fetch->lent.length;
 	while (queue->kept_bytes > KEPT_BYTES_MAX && TAILQ_FIRST(&queue->kept) != fetch)
@@ -506,6 +423,7 @@ static void fetch_failed(struct fetch *fetch, int64_t retry_ns, struct parked **
 	struct ob_blob *blob = fetch->blob;
 	int64_t now = engine_now();
 
+	fetch->host->failing = 1;
 	if (!blob->failing_since) {
 		blob->failing_since = now;
 		engine_post(blob->engine, OB_EVENT_BLOB_FAILING, 0, blob->id);
@@ -524,7 +442,7 @@ int ob_fetch_finish(ob_fetch *lent, int status, int64_t retry_ns)
 	int short_of = 0;
 
 	pthread_mutex_lock(&queue->lock);
-	queue->lent_bytes -= fetch->lent.length;
+	queue_take_back(queue, fetch);
 	/* What others stored meanwhile (a whole body in answer to a range) counts as done. */
 	for (uint64_t i = fetch->published; i < fetch->count; i++)
 		short_of |= extent_kind(fetch->blob, fetch->first + i) == EXTENT_FETCHING;
@@ -535,13 +453,11 @@ int ob_fetch_finish(ob_fetch *lent, int status, int64_t retry_ns)
 	if (fetch->keep && atomic_load(&fetch->blob->users)) {
 		kept_add(queue, fetch, &discarded);
 	} else {
-		if (queue->spares < FETCH_SPARES) {
-			queue->spare[queue->spares++] = fetch->lent.buffer;
+		if (buffer_give(queue, fetch->lent.buffer))
 			fetch->lent.buffer = NULL;
-		}
 		fetch_discard(fetch, &discarded);
 	}
-	queue_call_next(queue);
+	queue_call_next(queue, fetch->blob->engine->config.fetch_bytes);
 	fetch_unlock(queue, ready, discarded);
 	return 0;
 }
@@ -620,6 +536,6 @@ void fetch_queue_close(struct ob_engine *engine)
 	pthread_cond_destroy(&queue->settled);
 	for (int slot = 0; slot < FETCH_SLOTS; slot++)
 		pthread_cond_destroy(&queue->wake[slot]);
-	spares_free(queue);
+	buffers_free(queue);
 	pthread_mutex_destroy(&queue->lock);
 }

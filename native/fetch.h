@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * fetch.h: misses: who waits for which extents, and in what order they are fetched.
+ * fetch.h: misses: who waits for which extents, and what becomes of them.
  *
  * One mutex guards the queue, every extent's slow transitions and all waiting. A hit
  * takes no lock (cache.h).
@@ -23,6 +23,7 @@
 
 #include "ob.h"
 #include "parked.h"
+#include "queue.h"
 
 struct ob_blob;
 struct ob_engine;
@@ -40,35 +41,11 @@ struct fetch {
 	int writing;                   /* its thread is writing the cache */
 	int keep;                      /* some extent could not be written */
 	int64_t not_before_ns;
+	struct host *host;             /* of a lent one: in whose share it is */
 	LIST_HEAD(, waiter) waiters;
 	TAILQ_ENTRY(fetch) queued;     /* priority queue or kept list */
 	LIST_ENTRY(fetch) of_blob;
 	struct fetch *next;            /* discarded ones */
-};
-
-enum { FETCH_SLOTS = 32, FETCH_SPARES = 16 };
-
-struct fetch_queue {
-	pthread_mutex_t lock;
-	/* Fetch threads that wait, each in a slot: a bit of these masks. The first free slot is
-	 * taken, and the first waiting one called, so that under little load it is one thread
-	 * that works, with warm caches and an open connection. */
-	pthread_cond_t wake[FETCH_SLOTS];
-	uint32_t used, idle;            /* idle: waits, and has not been called */
-	uint32_t foreground;            /* takes foreground only */
-	uint32_t called;                /* to be signalled by fetch_unlock(), once the lock is free */
-	pthread_cond_t settled;         /* a cache write has ended */
-	pthread_cond_t tick;            /* the clock: somebody began to wait */
-	int clock_idle;                 /* ... and it waits for that */
-	pthread_t clock;
-	TAILQ_HEAD(fetches, fetch) queues[OB_BULK + 1];
-	struct fetches kept;            /* with bytes that could not be written, oldest first */
-	LIST_HEAD(, parked) parked;
-	uint64_t lent_bytes;
-	void *spare[FETCH_SPARES];      /* buffers given back, until it is quiet */
-	uint32_t spares;
-	uint64_t kept_bytes;
-	int stopping;
 };
 
 int fetch_queue_open(struct ob_engine *engine);
@@ -107,6 +84,8 @@ void fetch_unlock(struct fetch_queue *queue, struct parked *ready, struct fetch 
 
 /* ---- no lock held ---- */
 
+/* Bytes of a lent fetch arrive, right or wrong: its host is not stuck. */
+void fetch_heard(struct fetch *fetch);
 /* Nobody uses the blob any more: forget what is queued for it. Waits for a write of its cache that
  * is under way, and none comes later: whoever opens the entry next may believe what he has seen of it. */
 void fetch_forget(struct ob_blob *blob);

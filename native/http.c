@@ -114,6 +114,7 @@ static size_t on_body(char *bytes, size_t unit, size_t count, void *argument)
 		return 0;
 	memcpy((uint8_t *)lent->buffer + transfer->filled, bytes, length);
 	transfer->filled += length;
+	fetch_heard(transfer->fetch);
 	if (!transfer->hold && (transfer->filled == lent->length || transfer->filled / OB_EXTENT_SIZE > transfer->fetch->published))
 		ob_fetch_advance(lent, transfer->filled);
 	return length;

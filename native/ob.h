@@ -28,7 +28,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes; checked when the binding is imported. */
-#define OB_ABI_VERSION 4
+#define OB_ABI_VERSION 5
 uint32_t ob_abi_version(void);
 
 /* Text of the last failure in this thread: "what failed: which thing: why". Never NULL. */
@@ -132,6 +132,9 @@ int64_t ob_blob_drop(ob_blob *blob, uint64_t offset, uint64_t length);
 int ob_blob_prefetch(ob_blob *blob, uint64_t offset, uint64_t length, int priority);
 /* A probe found the source well again: misses are fetched from now on. */
 void ob_blob_healthy(ob_blob *blob);
+/* Which host the blob's bytes come from, by a number of the user's; 0 at first. Each host has its share of
+ * the fetches lent at one time, and one whose fetches fail, or bring nothing for seconds, a small one. */
+void ob_blob_set_host(ob_blob *blob, uint32_t host);
 int ob_blob_set_policy(ob_blob *blob, int policy, uint64_t policy_ns);
 void ob_blob_get_stat(ob_blob *blob, ob_blob_stat *out);
 

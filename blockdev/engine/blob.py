@@ -105,6 +105,10 @@ class Blob(Handle):
         """A probe found the source well again."""
         lib.ob_blob_healthy(self._handle)
 
+    def set_host(self, host: int) -> None:
+        """Which host its bytes come from, by a number: each has its share of the fetches."""
+        lib.ob_blob_set_host(self._handle, host)
+
     def set_policy(self, policy: Policy) -> None:
         """What becomes of reads whose source does not deliver."""
         check(lib.ob_blob_set_policy(self._handle, POLICIES[policy.mode], int(policy.seconds * 1e9)))

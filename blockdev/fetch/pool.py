@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import itertools
 import logging
 import threading
 import time
@@ -27,7 +28,9 @@ from blockdev.source import Source, Spilled
 
 log = logging.getLogger(__name__)
 
-THREADS = 16  # in flight 32 MiB, what 1 Gbit/s and 250 ms hold; and more misses than a container's start has at once
+# Twice what one host gets (native/queue.h), so that one that stalls leaves threads for others; that is 16: in flight
+# 32 MiB, what 1 Gbit/s and 250 ms hold; and more misses than a container's start has at once.
+THREADS = 32
 ATTEMPT_TIMEOUT = 30.0  # seconds for one range: a slow link's 4 MiB; what has arrived by then is kept
 PROBE_TIMEOUT = 3.0  # seconds; a probe moves a few bytes, and others wait behind it
 PROBE_INTERVAL = 1.0  # seconds between rounds: how late a source's return is noticed
@@ -37,10 +40,13 @@ REFUSED_DELAY = 5.0  # seconds; readers of a blob that was denied or not found d
 
 @dataclass
 class _Supply:
-    """Where a blob's bytes come from. `refused_until`: it was denied, or not found (monotonic)."""
+    """Where a blob's bytes come from. `host`, `number`: in whose share of the fetches they are (ob_blob_set_host).
+    `refused_until`: it was denied, or not found (monotonic)."""
 
     blob: Blob
     source: Source
+    host: str = ""
+    number: int = 0
     refused_until: float = 0.0
 
 
@@ -75,6 +81,15 @@ class Pool:
         """Misses of blob `id` are answered by this source from now on."""
         with self._changed:
             self._supplies[id] = _Supply(blob, source)
+            self._move(self._supplies[id], source.host)
+
+    def _move(self, supply: _Supply, host: str) -> None:
+        """Under the lock: it comes from this host now, which keeps its small number as long as it has blobs."""
+        numbers = {other.host: other.number for other in self._supplies.values() if other is not supply}
+        taken = set(numbers.values())
+        supply.host = host
+        supply.number = numbers.get(host) or next(number for number in itertools.count(1) if number not in taken)
+        supply.blob.set_host(supply.number)
 
     def detach(self, id: int) -> None:
         """Forget the blob; call it before the blob is closed."""
@@ -129,7 +144,12 @@ class Pool:
         if time.monotonic() < supply.refused_until:
             fetch.finish(errno.EIO)
             return
-        wait = self._backoff.waiting(source.host)
+        host = source.host
+        if host != supply.host:
+            with self._changed:
+                if self._supplies.get(fetch.blob_id) is supply:  # the blob is open
+                    self._move(supply, host)
+        wait = self._backoff.waiting(host)
         if wait:
             fetch.finish(errno.EAGAIN, retry=wait)
             return

@@ -140,6 +140,40 @@ def test_one_thread_is_kept_for_foreground_misses(bench: Bench) -> None:
     assert not reader.is_alive()
 
 
+def test_a_host_that_stalls_leaves_threads_for_others(tmp_path: Path) -> None:
+    engine = Engine(work_threads=1, readahead_extents=0)
+    cache = Cache(tmp_path / "blobs", engine)
+    pool = Pool(engine)
+    pool.start()
+    sources = [MemorySource(random.Random(name).randbytes(128 * EXTENT), name) for name in ("stuck", "well")]
+    entries = []
+    for source in sources:
+        digest = f"sha256:{hashlib.sha256(source.content).hexdigest()}"
+        entries.append(cache.open(digest, source.size, Policy("retry", WAIT)))
+        pool.attach(entries[-1].id, entries[-1].blob, source)
+    stuck, well = (entry.blob for entry in entries)
+    sources[0].gate.clear()
+    readers = [threading.Thread(target=stuck.read_at, args=(2 * extent * EXTENT, 10)) for extent in range(64)]
+    try:
+        for reader in readers:
+            reader.start()
+        _await(lambda: stuck.stat().misses == 64)
+        assert well.read_at(100, 10) == sources[1].content[100:110]
+        assert all(reader.is_alive() for reader in readers)
+        assert len(sources[0].reads) <= pool_module.THREADS / 2
+    finally:
+        sources[0].gate.set()
+        for reader in readers:
+            reader.join(WAIT)
+        engine.stop()
+        assert pool.join(WAIT)
+        for entry in entries:
+            pool.detach(entry.id)
+            entry.close()
+        engine.close()
+    assert sorted(sources[0].reads) == [(2 * extent * EXTENT, EXTENT) for extent in range(64)]
+
+
 def test_a_failing_blob_is_news_once(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="blockdev.fetch.pool")
     bench.source.failures.extend(SourceError("read: memory: reset") for _ in range(4))
