@@ -85,13 +85,22 @@ class Owner:
             blobs = self._open_lowers(origin, access, policy, undo, note)
             upper = [open_part(self._engine, part, undo) for part in origin.upper]
             pair = (upper[0], upper[1]) if upper else None
-            with self._telling_why(blobs):
+            with self.telling_why(blobs):
                 image = open_image(self._engine, blobs, pair, writable=origin.writable)
             return Stack(origin, image, [*blobs, *upper], undo.pop_all(), remark="; ".join(remarks))
 
     def verify(self, stack: Stack, progress: Progress) -> list[Verified]:
         """Read all of an opened image, and check it."""
-        return stack.verify(self._engine, progress)
+        with self.telling_why(stack.blobs):
+            return stack.verify(self._engine, progress)
+
+    @contextmanager
+    def telling_why(self, blobs: Sequence[NamedBlob]) -> Iterator[None]:
+        """Reading needs what does not come: say what was the matter with the blob, if that is known."""
+        try:
+            yield
+        except SourceError as error:
+            raise self._supply.why(blobs) or error from error
 
     def pull(
         self,
@@ -118,17 +127,9 @@ class Owner:
             pull = Pull(origin.name, entries, self._supply, policy)
             if progress:
                 pull.complete(progress, self._stopping)
-            with self._telling_why(blobs):
+            with self.telling_why(blobs):
                 open_image(self._engine, blobs).close()
             return pull.result()
-
-    @contextmanager
-    def _telling_why(self, blobs: Sequence[NamedBlob]) -> Iterator[None]:
-        """Opening needs what does not come: say so if it came, and was not what the manifest says."""
-        try:
-            yield
-        except SourceError as error:
-            raise self._supply.corrupt(blobs) or error from error
 
     def _open_lowers(
         self, origin: Origin, access: Mapping[str, Any], policy: Policy, undo: ExitStack, tell: Tell

@@ -274,7 +274,8 @@ class Session:
         """Write the disk to the last descriptor, which the caller calls "output"."""
         target, name = message.descriptor(-1), message.member("output", str)
         with self._open(message) as stack:
-            export_image(stack.image, target, name, self._progress())
+            with self._owner.telling_why(stack.blobs):
+                export_image(stack.image, target, name, self._progress())
             return {"size": stack.image.size}
 
     def _disk(self, message: Message) -> Body:
@@ -286,7 +287,7 @@ class Session:
                 asked = self._channel.receive()
                 if asked is None:
                     raise ConnectionAbortedError
-                with contextlib.closing(asked):
+                with contextlib.closing(asked), self._owner.telling_why(stack.blobs):
                     if asked.body.get("op") == "end":
                         return {}
                     self._channel.send({"read": _read(stack, asked, window)})

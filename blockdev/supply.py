@@ -9,6 +9,7 @@ The fetch threads start with the first blob that needs them. Any thread may call
 
 from __future__ import annotations
 
+import copy
 import logging
 import queue
 import threading
@@ -21,7 +22,7 @@ from typing import Protocol
 from blockdev.cache import Cache, Entry
 from blockdev.config import Policy
 from blockdev.engine import Blob, Engine, EngineStopped
-from blockdev.errors import BlockdevError, CorruptImage
+from blockdev.errors import BlockdevError
 from blockdev.fetch.pool import Pool
 from blockdev.layer import CRC_ONLY, SHA256, NamedBlob
 from blockdev.openentry import Word
@@ -145,13 +146,13 @@ class Supply:
             opened = self._open.get(id)
             return opened.blob if opened else None, str(self._pool.failure(id) or "")
 
-    def corrupt(self, blobs: Iterable[NamedBlob]) -> CorruptImage | None:
-        """Why the last fetch of one of these failed, if what came was not what the image's manifest says."""
+    def why(self, blobs: Iterable[NamedBlob]) -> BlockdevError | None:
+        """Why the last fetch of one of these failed, first what another try does not help with; None: none did."""
         wanted = {named.blob for named in blobs}
         with self._lock:
             ids = [id for id, opened in self._open.items() if opened.blob in wanted]
-        errors = (self._pool.failure(id) for id in ids)
-        return next((error for error in errors if isinstance(error, CorruptImage)), None)
+        errors = [error for error in map(self._pool.failure, ids) if error]
+        return copy.copy(min(errors, key=lambda error: error.retriable, default=None))
 
     def error(self, id: int) -> BlockdevError | None:
         """Why the last fetch of a blob failed; None if it did not."""

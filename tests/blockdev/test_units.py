@@ -49,8 +49,8 @@ def test_a_unit_that_stays_wrong_is_an_error_and_nothing_of_it_is_kept(
     unit = place // UNIT
     with pytest.raises(SourceError):
         blob.read_at(place, 1)
-    corrupt = bench.supply.corrupt([NamedBlob(DIGEST, blob)])
-    assert f"{DIGEST}: offset {unit * UNIT}" in str(corrupt)
+    why = bench.supply.why([NamedBlob(DIGEST, blob)])
+    assert f"{DIGEST}: offset {unit * UNIT}" in str(why)
     asked = bench.liar.asked
     with pytest.raises(SourceError):
         blob.read_at(place, 1)
@@ -108,7 +108,7 @@ def test_a_table_that_stays_wrong_makes_all_of_it_unreadable(bench: Bench, undo:
         with pytest.raises(SourceError):
             blob.read_at(offset, 1)
     assert bench.liar.asked == 2
-    assert f"{DIGEST}: offset {PLACE.offset}" in str(bench.supply.corrupt([NamedBlob(DIGEST, blob)]))
+    assert f"{DIGEST}: offset {PLACE.offset}" in str(bench.supply.why([NamedBlob(DIGEST, blob)]))
     assert not bench.cached()
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,6 @@ from blockdev.root import Root
 from tests import requires
 from tests.authority import Authority
 from tests.commands import Run, Start, devices, ended, owner_pid, until, uri_of
-from tests.fakes.http_server import Answer, Seen
 from tests.fakes.object_store import ObjectStore
 from tests.fakes.token_server import TokenServer
 from tests.registries import Registry
@@ -74,53 +72,6 @@ def blob_of(run: Run) -> dict[str, Any]:
 def read(path: Path, offset: int, length: int) -> bytes:
     with open(path, "rb", buffering=0) as file:
         return os.pread(file.fileno(), length, offset)
-
-
-# ---- one registry is no other's matter ----
-
-
-def test_a_registry_that_stalls_delays_no_read_from_another(
-    tmp_path: Path, run: Run, registries: Registries, pusher: Callable[..., str], ociblk: str
-) -> None:
-    requires.requires_mount()
-    store = ObjectStore()
-    give, stalled, released = store.server.answer, threading.Semaphore(0), threading.Event()
-    hold = threading.Event()
-
-    def answer(seen: Seen) -> Answer:
-        if hold.is_set():
-            stalled.release()
-            released.wait()
-        return give(seen)
-
-    store.server.answer = answer
-    stuck = registries(redirect_to=store.server.url)
-    store.folder = stuck.storage
-    stuck_reference, well = pusher(stuck), registries()
-    other, layer = tmp_path / "other", tmp_path / "other-layer"
-    other.write_bytes(os.urandom(4 * MIB))
-    subprocess.run([ociblk, "import", other, "-o", layer, "--tar"], check=True)
-    assert run("push", layer, f"{well.host}/app:1", "--root", tmp_path / "pusher").returncode == 0
-    files = [tmp_path / "stuck", tmp_path / "well"]
-    assert run("mount", "--raw", stuck_reference, files[0]).returncode == 0
-    assert run("mount", "--raw", f"{well.host}/app:1", files[1]).returncode == 0
-    hold.set()
-    readers = [threading.Thread(target=read, args=(files[0], 2 * MIB + place * MIB // 7, 4096)) for place in range(64)]
-    try:
-        for reader in readers:
-            reader.start()
-        for _ in range(16):
-            assert stalled.acquire(timeout=30)
-        assert read(files[1], 2 * MIB, 8192) == read(other, 2 * MIB, 8192)
-        assert all(reader.is_alive() for reader in readers)
-        assert [device["error"] for device in devices(run)] == ["", ""]  # no request has been given up yet
-    finally:
-        released.set()
-        for reader in readers:
-            reader.join(60)
-        store.server.close()
-    for file in files:
-        assert run("umount", file).returncode == 0
 
 
 # ---- fetched once, and only what is read ----
