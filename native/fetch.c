@@ -383,6 +383,16 @@ static int blob_writing(const struct ob_blob *blob)
 	return 0;
 }
 
+void ob_blob_settle(struct ob_blob *blob)
+{
+	struct fetch_queue *queue = &blob->engine->fetch;
+
+	pthread_mutex_lock(&queue->lock);
+	while (blob_writing(blob))
+		pthread_cond_wait(&queue->settled, &queue->lock);
+	fetch_unlock(queue, NULL, NULL);
+}
+
 void fetch_forget(struct ob_blob *blob)
 {
 	struct fetch_queue *queue = &blob->engine->fetch;

@@ -28,7 +28,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes; checked when the binding is imported. */
-#define OB_ABI_VERSION 5
+#define OB_ABI_VERSION 6
 uint32_t ob_abi_version(void);
 
 /* Text of the last failure in this thread: "what failed: which thing: why". Never NULL. */
@@ -135,6 +135,8 @@ void ob_blob_healthy(ob_blob *blob);
 /* Which host the blob's bytes come from, by a number of the user's; 0 at first. Each host has its share of
  * the fetches lent at one time, and one whose fetches fail, or bring nothing for seconds, a small one. */
 void ob_blob_set_host(ob_blob *blob, uint32_t host);
+/* Waits for writes of its cache that are under way: what was read of a fetch is present then, if it can be kept. */
+void ob_blob_settle(ob_blob *blob);
 int ob_blob_set_policy(ob_blob *blob, int policy, uint64_t policy_ns);
 void ob_blob_get_stat(ob_blob *blob, ob_blob_stat *out);
 

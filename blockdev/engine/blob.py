@@ -105,6 +105,10 @@ class Blob(Handle):
         """A probe found the source well again."""
         lib.ob_blob_healthy(self._handle)
 
+    def settle(self) -> None:
+        """Wait for writes of its cache that are under way: what has been read of it counts as present then."""
+        lib.ob_blob_settle(self._handle)
+
     def set_host(self, host: int) -> None:
         """Which host its bytes come from, by a number: each has its share of the fetches."""
         lib.ob_blob_set_host(self._handle, host)

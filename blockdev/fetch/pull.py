@@ -142,6 +142,7 @@ class _Part:
             self._moved.notify()
 
     def result(self) -> Pulled:
+        self.entry.blob.settle()
         stat = self.entry.blob.stat()
         fetched = stat.fetched_bytes - self._fetched_before
         return Pulled(self.entry.digest, stat.size, stat.present_bytes, fetched, self.entry.verified)

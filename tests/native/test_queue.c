@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * test_queue.c: what each host gets of the fetches lent, whatever is asked of it.
+ * test_queue.c: what each host gets of the fetches lent, whatever is asked of it; and waiting for what they write.
  */
 #include <errno.h>
 #include <pthread.h>
@@ -277,8 +277,53 @@ static void test_a_fetch_given_back_wakes_a_thread_for_the_next_that_may_start(v
 	bench_close(&bench);
 }
 
+struct slow {
+	struct parked parked;
+	atomic_int settling;
+};
+
+/* In the fetch thread, between telling its readers and writing the cache. */
+static void on_slow_ready(struct parked *parked, int status)
+{
+	while (!atomic_load(&((struct slow *)parked)->settling))
+		usleep(1000);
+	usleep(50000);
+}
+
+static void *deliverer_run(void *argument)
+{
+	deliver(argument);
+	return NULL;
+}
+
+static void test_settling_waits_for_the_write_under_way(void)
+{
+	struct bench bench;
+	struct slow slow = { .parked.ready = on_slow_ready };
+	struct parked *parked = &slow.parked;
+	ob_blob_stat stat = { 0 };
+	pthread_t thread;
+
+	bench_open(&bench);
+	parked_begin(parked, bench.engine);
+	blob_want(bench.blobs[0], 0, 1, parked);
+	parked_end(parked);
+	CHECK(take_all(&bench) == 1);
+	pthread_create(&thread, NULL, deliverer_run, pop(&bench, 0));
+	while (!stat.fetched_bytes)
+		ob_blob_get_stat(bench.blobs[0], &stat);
+	CHECK(stat.present_bytes == 0);
+	atomic_store(&slow.settling, 1);
+	ob_blob_settle(bench.blobs[0]);
+	ob_blob_get_stat(bench.blobs[0], &stat);
+	CHECK(stat.present_bytes == EXTENT);
+	pthread_join(thread, NULL);
+	bench_close(&bench);
+}
+
 int main(void)
 {
+	test_settling_waits_for_the_write_under_way();
 	test_a_host_gets_its_share_and_leaves_the_rest_to_others();
 	test_a_failing_host_gets_few_until_it_delivers();
 	test_a_host_that_a_probe_found_well_gets_its_share();
