@@ -191,3 +191,12 @@ def test_a_read_only_catalog_is_read_and_refuses_to_be_pruned(tmp_path: Path) ->
             catalog.prune(lambda: [])
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+def test_a_repository_without_tls_is_another(catalog: Catalog) -> None:
+    plain = Place(PLACE.registry, PLACE.repository, plain_http=not PLACE.plain_http)
+    assert plain.key != PLACE.key
+    catalog.note_place(PLACE, LAYERS)
+    catalog.note_place(plain, LAYERS[:1])
+    assert [catalog.place(LAYERS[0], place.key) for place in (PLACE, plain)] == [PLACE, plain]
+    assert catalog.place(LAYERS[1], plain.key) is None
