@@ -78,11 +78,22 @@ class Staged:
             os.rename(self._folder, free)
             self._folder = free
 
+    def discard(self, path: bytes) -> None:
+        """Take a file, or an empty directory, out of the mount. It goes at the end, when all that is new is there:
+
+        an inode that has just become free is taken for the next file, or is not, as its block happens to be in memory.
+        """
+        self._count += 1
+        os.rename(path, self.place(self._count))
+
     def remove(self) -> None:
-        """Nothing of it stays, nor of the contents that the layer itself has replaced."""
-        with os.scandir(self._folder) as left:
-            for entry in left:
-                os.unlink(entry.path)
+        """Nothing of it stays: what was discarded, and contents that the layer itself has replaced."""
+        for name in sorted(os.listdir(self._folder)):
+            path = self._folder + b"/" + name
+            if stat.S_ISDIR(os.lstat(path).st_mode):
+                os.rmdir(path)
+            else:
+                os.unlink(path)
         os.rmdir(self._folder)
 
     def _free(self, root: Node) -> bytes:
@@ -141,11 +152,8 @@ class _Change:
         self._staged.make_way(self._root)
         alive = {node for _, node in _walk(self._root)}
         gone = list(self._vanished(alive))
-        for path, node in reversed(gone):  # what is in a directory before it
-            if node.children is None:
-                os.unlink(path)
-            else:
-                os.rmdir(path)
+        for path in reversed(gone):  # what is in a directory before it
+            self._staged.discard(path)
         for path, node in _walk(self._root):
             if node.children is not None:
                 self._fill(self._mount + path, node)
@@ -154,7 +162,7 @@ class _Change:
             if node in self._touched or self._attributes.get(node) != _attributes(node):
                 self._describe(self._mount + path, node)
 
-    def _vanished(self, alive: set[Node]) -> Iterator[tuple[bytes, Node]]:
+    def _vanished(self, alive: set[Node]) -> Iterator[bytes]:
         """Names that are no more, directories before what is in them. Notes where files with names to come are."""
         waiting: list[tuple[bytes, Node, bool]] = [(self._mount, self._root, True)] if self._before else []
         rescue: list[tuple[bytes, Node]] = []
@@ -172,7 +180,7 @@ class _Change:
                     rescue.append((path, node))
                 if not kept:
                     self._touched.add(directory)
-                    yield path, node
+                    yield path
         for path, node in rescue:
             if node not in self._where:
                 self._where[node] = self._staged.keep(path)

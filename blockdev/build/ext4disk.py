@@ -97,9 +97,9 @@ class Ext4Disk:
             if not self._files:
                 _make_file_system(disk)
             with _mounted(disk, mount), _on_one_cpu():
-                if not self._files:
-                    (mount / "lost+found").rmdir()  # it is in no archive, and e2fsck makes it when it is needed
                 staged = Staged(mount, self._tree.root)
+                if not self._files:
+                    staged.discard(os.fsencode(mount / "lost+found"))  # e2fsck makes it when it is needed
                 self._tree.apply(Archive(read), staged.store, name)
                 self._applied.apply(self._tree.root, staged)
             _settle(disk)

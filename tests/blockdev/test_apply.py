@@ -10,6 +10,7 @@ import stat
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,7 @@ from formats import oci
 from formats.archive import Archive
 from formats.errors import FormatError
 from formats.ext4 import TIME_MAX
+from formats.tree import Node
 from tests import images, requires
 
 Build = Callable[[tarfile.TarFile], None]
@@ -188,3 +190,31 @@ def test_a_time_that_ext4_cannot_hold_is_refused(top: Path) -> None:
     tree.root.mtime_ns = (TIME_MAX + 1) * 10**9
     with pytest.raises(FormatError, match=f"'/': ext4 has no room for the time {TIME_MAX + 1}"):
         Applied().apply(tree.root, staged)
+
+
+def test_nothing_becomes_free_before_all_that_is_new_is_there(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether ext4 takes a free inode again depends on the moment."""
+    calls: list[str] = []
+    for name in ("unlink", "rmdir", "mkdir", "mknod", "symlink"):
+        call = getattr(os, name)
+
+        def noted(*words: Any, name: str = name, call: Any = call, **options: Any) -> None:
+            calls.append(name)
+            call(*words, **options)
+
+        monkeypatch.setattr(os, name, noted)
+
+    def children(*names: str) -> dict[bytes, Node]:
+        made = {name.encode(): Node(stat.S_IFDIR | 0o755, links=2, children={}) for name in names}
+        made |= {f"{name}-link".encode(): Node(stat.S_IFLNK | 0o777, target=b"x") for name in names}
+        return {**made, b"file": Node(stat.S_IFREG | 0o644)}
+
+    applied, root = Applied(), Node(stat.S_IFDIR | 0o755, links=2, children=children("a", "b"))
+    applied.apply(root, Staged(top, root))
+    staged = Staged(top, root)
+    root.children = children("b", "c")
+    calls.clear()
+    applied.apply(root, staged)
+    made = [place for place, name in enumerate(calls) if name not in ("unlink", "rmdir")]
+    assert min(calls.index("unlink"), calls.index("rmdir")) > made[-1]
+    assert sorted(path.name for path in top.iterdir()) == ["b", "b-link", "c", "c-link", "file"]
