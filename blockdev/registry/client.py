@@ -31,6 +31,7 @@ ANSWER_SECONDS = 30.0  # for anything but a blob's bytes: a token, a redirect an
 DOCUMENT_SECONDS = 60.0  # for a manifest or config of the largest size over a slow line
 UPLOAD_CHUNK = 8 << 20  # held in memory; S3 refuses parts below 5 MiB
 UPLOAD_PATIENCE = 120.0  # object stores assemble and hash what was uploaded before they answer
+UPLOAD_RATE = 16 << 10  # bytes a second; a chunk takes no longer than its bytes at this pace, and the patience
 REDIRECTS_MAX = 5
 LOGINS_MAX = 4  # for one request: another thread's, ours, and each of two credential sources
 TARGET_SECONDS = 240.0  # a redirect's target is used again this long; signatures live 5 minutes and more
@@ -298,7 +299,8 @@ class Client:
 
     def _upload(self, task: Task, scope: Scope, request: Request, want: int) -> str:
         """One step of an upload; where the next one goes."""
-        task = Task(task.failed, time.monotonic() + UPLOAD_PATIENCE)
+        seconds = UPLOAD_PATIENCE + len(request.body or b"") / UPLOAD_RATE
+        task = Task(task.failed, time.monotonic() + seconds)
         request = Request(request.method, request.url, request.headers, request.body, UPLOAD_PATIENCE)
         with self._send(task, scope, request) as reply:
             reply.require(want)

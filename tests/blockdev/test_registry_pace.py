@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import io
+import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from blockdev.errors import SourceError
-from blockdev.registry.client import Client, Part
+from blockdev.registry import client as client_module
+from blockdev.registry.client import UPLOAD_CHUNK, Client, Part
 from blockdev.registry.exchange import Timeouts
+from formats.oci import digest_of
 from tests.authority import Authority
 from tests.fakes.http_server import Answer, HttpServer
 from tests.fakes.raw_server import RawServer, Talk, Visit
@@ -163,3 +168,49 @@ def test_interim_answers_are_passed_over() -> None:
         client = Client(server.host, NOBODY)
         assert [client.blob_size("app", DIGEST) for _ in range(2)] == [7, 7]
         assert server.visits == 1
+
+
+def storing(take: Callable[[Visit], object]) -> Talk:
+    """A registry for an upload of one chunk, taken as `take` does."""
+    answers = {
+        b"HEAD": b"HTTP/1.1 404 Not Found\r\n",
+        b"POST": b"HTTP/1.1 202 Accepted\r\nLocation: /upload\r\n",
+        b"PATCH": b"HTTP/1.1 202 Accepted\r\nLocation: /upload\r\n",
+        b"PUT": b"HTTP/1.1 201 Created\r\n",
+    }
+
+    def talk(visit: Visit) -> None:
+        for head in visit.requests():
+            method = head.partition(b" ")[0]
+            if method == b"PATCH":
+                take(visit)
+            visit.say(answers[method] + b"Content-Length: 0\r\n\r\n")
+
+    return talk
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_receiver_may_pause(tls: bool, authority: Authority) -> None:
+    content = os.urandom(UPLOAD_CHUNK)
+    taken = []
+
+    def take(visit: Visit) -> None:
+        visit.pause(0.7)
+        first = visit.take(UPLOAD_CHUNK // 2)
+        visit.pause(0.7)
+        taken.append(first + visit.take(UPLOAD_CHUNK // 2))
+
+    context = authority.server("127.0.0.1").server_context() if tls else None
+    with RawServer(storing(take), context) as server:
+        timeouts = Timeouts(connect=0.5, stall=0.5)
+        client = Client(server.host, NOBODY, ca=authority.root.pem if tls else None, timeouts=timeouts)
+        assert client.upload("app", digest_of(content), len(content), io.BytesIO(content))
+    assert taken == [content]
+
+
+def test_a_receiver_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "UPLOAD_PATIENCE", 0.3)
+    content = bytes(UPLOAD_CHUNK)
+    with RawServer(storing(lambda visit: visit.pause(20))) as server, pytest.raises(SourceError) as caught:
+        Client(server.host, NOBODY).upload("app", digest_of(content), len(content), io.BytesIO(content))
+    assert_one_sentence(caught.value, "no answer in time")

@@ -18,13 +18,16 @@ class Visit:
 
     def __init__(self, connection: socket.socket, closing: threading.Event) -> None:
         self.connection = connection
+        self._stream = connection.makefile("rb")
         self._closing = closing
 
     def requests(self) -> Iterator[bytes]:
-        """The head of each request as it comes. None of them may have a body."""
-        with self.connection.makefile("rb") as stream:
-            while head := b"".join(iter(lambda: stream.readline().strip(b"\r\n"), b"")):
-                yield head
+        """The head of each request as it comes, without its line ends. A body is for take()."""
+        while head := b"".join(iter(lambda: self._stream.readline().strip(b"\r\n"), b"")):
+            yield head
+
+    def take(self, count: int) -> bytes:
+        return self._stream.read(count)
 
     def say(self, text: bytes) -> None:
         self.connection.sendall(text)
@@ -39,7 +42,10 @@ class Visit:
 
 
 class RawServer:
-    """Serves from construction to close(). `talk` runs once for each connection, which is closed after it."""
+    """Serves from construction to close(). `talk` runs once for each connection, which is closed after it.
+
+    What the clients send ahead of take() is little: they are kept waiting.
+    """
 
     def __init__(self, talk: Talk, tls: ssl.SSLContext | None = None) -> None:
         self._talk = talk
@@ -47,6 +53,7 @@ class RawServer:
         self._closing = threading.Event()
         self._visitors: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
         self.host = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.url = f"{'https' if tls else 'http'}://{self.host}"
         threading.Thread(target=self._accept, daemon=True).start()
