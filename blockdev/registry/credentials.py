@@ -14,12 +14,15 @@ import contextlib
 import json
 import os
 import re
+import select
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from blockdev.control import member
 from blockdev.errors import AccessDenied, UsageError
@@ -119,36 +122,72 @@ class Provider:
         if not found:
             raise AccessDenied(f"{failed}: no such program in PATH")
         try:
-            ran = subprocess.run(
-                [found, "get"],
-                input=server.encode(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=dict(self.environment),
-                cwd="/",
-                timeout=HELPER_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
+            status, output = _run([found, "get"], server.encode(), dict(self.environment))
+        except TimeoutError:
             raise AccessDenied(f"{failed}: no answer within {HELPER_SECONDS:g} s") from None
         except OSError as error:
             raise AccessDenied(f"{failed}: {error.strerror}") from None
-        if ran.returncode != 0:
-            if ran.stdout.strip().decode(errors="replace") == _NOT_FOUND:
+        if len(output) > HELPER_OUTPUT_MAX:
+            raise AccessDenied(f"{failed}: its answer has more than {HELPER_OUTPUT_MAX} bytes")
+        if status != 0:
+            if output.strip().decode(errors="replace") == _NOT_FOUND:
                 return None
-            raise AccessDenied(f"{failed}: it ended with status {ran.returncode}")
-        return _answer(ran.stdout, failed)
+            raise AccessDenied(f"{failed}: it ended with status {status}")
+        return _answer(output, failed)
+
+
+def _run(command: list[str], told: bytes, environment: dict[str, str]) -> tuple[int, bytes]:
+    """Status and output of a program, which has HELPER_SECONDS. It is ended, with all that it has started, if it
+    takes longer (TimeoutError) or says more than HELPER_OUTPUT_MAX: then that is cut off."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        cwd="/",
+        start_new_session=True,
+        bufsize=0,
+    ) as process:
+        deadline = time.monotonic() + HELPER_SECONDS
+        output = b""
+        try:
+            assert process.stdin
+            assert process.stdout
+            with contextlib.suppress(BrokenPipeError):  # a program need not listen
+                process.stdin.write(told)  # less than a pipe holds
+                process.stdin.close()
+            stream = process.stdout.fileno()
+            while len(output) <= HELPER_OUTPUT_MAX and (piece := _read_before(deadline, stream)):
+                output += piece
+            if len(output) <= HELPER_OUTPUT_MAX:
+                process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise TimeoutError from None
+        finally:
+            if process.returncode is None:  # so its number is still its own
+                os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output
+
+
+def _read_before(deadline: float, stream: int) -> bytes:
+    """What a pipe has next, b"" at its end; TimeoutError."""
+    ready = select.poll()
+    ready.register(stream, select.POLLIN)
+    if not ready.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise TimeoutError
+    return os.read(stream, HELPER_OUTPUT_MAX)
 
 
 def _answer(output: bytes, failed: str) -> Credential | None:
     try:
-        answer = json.loads(output) if len(output) <= HELPER_OUTPUT_MAX else None
+        answer = json.loads(output)
     except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
         raise AccessDenied(f"{failed}: its answer is not a JSON object")
     username, secret = answer.get("Username"), answer.get("Secret")
-    if not isinstance(username, str) or not isinstance(secret, str):
+    if not _is_text(username) or not _is_text(secret):
         raise AccessDenied(f"{failed}: its answer lacks Username or Secret")
     if not username and not secret:
         return None
@@ -175,6 +214,17 @@ def _read(path: str, *, required: bool) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise AccessDenied(f"{failed}: not a JSON object")
     return config
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    """Whether it can be sent: JSON also has strings that are halves of a character."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _section(config: dict[str, Any], name: str, path: str) -> dict[str, Any]:
@@ -207,7 +257,7 @@ def _login(entry: object, path: str, scope: str) -> Credential | None:
     failed = f"reading credentials failed: {path}: the entry of {scope}"
     values = entry if isinstance(entry, dict) else {}
     fields = [values.get(name) or "" for name in ("username", "password", "identitytoken", "auth")]
-    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in fields):
+    if not isinstance(entry, dict) or not all(map(_is_text, fields)):
         raise AccessDenied(f"{failed} is malformed")
     username, password, token, packed = fields
     if packed:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import select
 import time
 from pathlib import Path
 
@@ -140,7 +142,10 @@ def test_an_identity_token_comes_with_its_login(folder: Path) -> None:
     assert list(provider.find("a.example", "x")) == [Credential("ann", "", SECRET)]
 
 
-@pytest.mark.parametrize("entry", [SECRET, {"auth": SECRET}, {"auth": 7}, {"auth": "////"}, {"username": [SECRET]}])
+@pytest.mark.parametrize(
+    "entry",
+    [SECRET, {"auth": SECRET}, {"auth": 7}, {"auth": "////"}, {"username": [SECRET]}, {"username": "\ud800"}],
+)
 def test_a_malformed_login_is_refused(folder: Path, entry: object) -> None:
     assert "a.example" in denied(write(folder, {"auths": {"a.example": entry}}))
 
@@ -186,7 +191,9 @@ def test_a_helper_runs_in_the_callers_environment(folder: Path) -> None:
         (f"echo {SECRET}; echo {SECRET} >&2; exit 3", "status 3"),
         (f"echo {SECRET}", "not a JSON object"),
         (f'echo \'{{"Username": "{SECRET}"}}\'', "lacks Username or Secret"),
-        ("head -c 100000 /dev/zero", "not a JSON object"),
+        (r"""echo '{"Username": "\ud800", "Secret": "x"}'""", "lacks Username or Secret"),
+        ("head -c 100000 /dev/zero", "more than 65536 bytes"),
+        ("exec cat /dev/zero", "more than 65536 bytes"),
     ],
 )
 def test_a_helper_that_fails_is_named_and_its_words_are_not_repeated(folder: Path, script: str, why: str) -> None:
@@ -202,6 +209,18 @@ def test_a_helper_that_hangs_is_ended(folder: Path, monkeypatch: pytest.MonkeyPa
     begin = time.monotonic()
     assert "no answer within 0.2 s" in denied(write(folder, {"credsStore": "slow"}))
     assert time.monotonic() - begin < 5
+
+
+def test_what_a_helper_that_hangs_has_started_is_ended_with_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(credentials, "HELPER_SECONDS", 0.5)
+    os.mkfifo(folder / "life")
+    life = os.open(folder / "life", os.O_RDONLY | os.O_NONBLOCK)
+    helper(folder, "slow", f"exec 3> {folder}/life; sleep 60 &")
+    assert "no answer within 0.5 s" in denied(write(folder, {"credsStore": "slow"}))
+    ended = select.poll()
+    ended.register(life, 0)  # its end is always told
+    assert ended.poll(20_000)
+    os.close(life)
 
 
 @pytest.mark.parametrize("name", ["missing", "../evil", "", 7])
