@@ -235,8 +235,13 @@ def _choose(name: str, index: Index) -> str:
 
 def _split_url(part: Part) -> tuple[str, str, bool]:
     """Registry, repository and whether it is plain HTTP, of SCHEME://HOST/v2/REPOSITORY/blobs/DIGEST."""
-    url = urlsplit(part.url)
+    refusal = f"opening the image failed: {part.url}: want http(s)://HOST/v2/REPOSITORY/blobs/DIGEST"
+    try:
+        url = urlsplit(part.url)
+        _ = url.port
+    except ValueError:
+        raise UsageError(refusal) from None
     path = url.path.removeprefix("/v2/").removesuffix(f"/blobs/{part.digest}")
     if url.scheme not in ("http", "https") or not url.netloc or "@" in url.netloc or f"/v2/{path}" not in url.path:
-        raise UsageError(f"opening the image failed: {part.url}: want http(s)://HOST/v2/REPOSITORY/blobs/DIGEST")
+        raise UsageError(refusal)
     return url.netloc, path, url.scheme == "http"

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 from urllib.parse import urlencode
 
-from blockdev.errors import AccessDenied, SourceError
+from blockdev.errors import AccessDenied, NotFound, SourceError
 from blockdev.registry.credentials import Credential, Provider
 from blockdev.registry.exchange import Exchange, Request, Task, origin
 
 TOKEN_SECONDS = 60.0  # life of a token that does not say (distribution specification)
+TOKEN_SECONDS_MAX = 86400.0  # believed; whatever is said, a 401 ends it
 RENEW_SECONDS = 10.0  # before its end; a request under way is authorised when it starts
 RENEW_PART = 0.25  # of a short life, at most
 RENEW_PAUSE = 5.0  # between attempts while the token service fails and the old token is good
@@ -188,18 +189,20 @@ class Authorizer:
         if credential and credential.identity_token:
             form = {"grant_type": "refresh_token", "refresh_token": credential.identity_token, "client_id": "ociblk"}
             headers = {"Content-Type": "application/x-www-form-urlencoded"}
-            request = Request("POST", realm, headers, urlencode(form | asked).encode())
+            request = Request("POST", realm, headers, urlencode(form | asked).encode(), secret=True)
         else:
             each = {name: value.split(" ") if name == "scope" else [value] for name, value in asked.items()}
             query = ("&" if "?" in realm else "?") + urlencode(each, doseq=True) if asked else ""
             request = Request("GET", realm + query).with_authorization(credential.basic if credential else None)
-        with self._exchange.send(task, request) as reply:
+        service = replace(task, failed=f"{task.failed}: the token service {origin(realm)}")
+        with self._exchange.send(service, request) as reply:
             if reply.status in _REFUSED:
                 return None
-            reply.require(200)
-            return _login(
-                reply.read_all(TOKEN_SIZE_MAX), challenge, f"{task.failed}: the token service {origin(realm)}"
-            )
+            try:
+                reply.require(200)
+            except NotFound as error:  # which says nothing of the image
+                raise SourceError(str(error)) from None
+            return _login(reply.read_all(TOKEN_SIZE_MAX), challenge, service.failed)
 
 
 def parse_challenge(header: str) -> Challenge | None:
@@ -230,5 +233,6 @@ def _login(answer: bytes, challenge: Challenge, failed: str) -> _Login:
     life = values.get("expires_in")
     if not isinstance(life, int | float) or not 0 < life < float("inf"):
         life = TOKEN_SECONDS
+    life = min(life, TOKEN_SECONDS_MAX)
     now = time.monotonic()
     return _Login(f"Bearer {token}", challenge, now + life - min(RENEW_SECONDS, life * RENEW_PART), now + life)

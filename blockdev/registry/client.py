@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
-from urllib.parse import quote, urlencode, urljoin, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 from blockdev.engine import Fetch
 from blockdev.errors import AccessDenied, CorruptImage, NotFound, SourceError
@@ -310,9 +310,7 @@ class Client:
         location = reply.header("Location")
         if not location:
             raise SourceError(f"{task.failed}: {origin(reply.url)} did not say where to upload to")
-        url = urljoin(reply.url, location)
-        self._exchange.check_url(url, reply.url, task)
-        return url
+        return self._exchange.target(location, reply.url, task)
 
     def put_manifest(self, repository: str, identifier: str, media_type: str, body: bytes) -> str:
         """Store a manifest or index under a tag or its digest; returns its digest."""
@@ -353,8 +351,7 @@ class Client:
             if reply.status not in _REDIRECTS:
                 return reply
             reply.close()
-            target = urljoin(reply.url, reply.header("Location"))
-            self._exchange.check_url(target, reply.url, task)
+            target = self._exchange.target(reply.header("Location"), reply.url, task)
             reply = self._send(task, scope, Request(request.method, target, request.headers))
         reply.close()
         raise SourceError(f"{task.failed}: {urlsplit(self._base).netloc} redirects more than {REDIRECTS_MAX} times")

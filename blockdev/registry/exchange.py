@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import requests
 import urllib3
@@ -47,6 +47,22 @@ _BUSY = (429, 503)
 _SERVER_ERRORS = 500
 _BAD_REQUEST = 400
 _HARMLESS = ("GET", "HEAD")  # may be sent twice
+_CODES = (  # of the distribution specification
+    "BLOB_UNKNOWN",
+    "BLOB_UPLOAD_INVALID",
+    "BLOB_UPLOAD_UNKNOWN",
+    "DIGEST_INVALID",
+    "MANIFEST_BLOB_UNKNOWN",
+    "MANIFEST_INVALID",
+    "MANIFEST_UNKNOWN",
+    "NAME_INVALID",
+    "NAME_UNKNOWN",
+    "SIZE_INVALID",
+    "UNAUTHORIZED",
+    "DENIED",
+    "UNSUPPORTED",
+    "TOOMANYREQUESTS",
+)
 _QUERY = re.compile(r"\?\S+")
 _log = logging.getLogger(__name__)
 
@@ -69,17 +85,23 @@ class Task:
 
 @dataclass(frozen=True)
 class Request:
-    """What goes out. `patience` replaces the stall time where a server has long work to do."""
+    """What goes out. `patience` replaces the stall time where a server has long work to do.
+
+    `secret`: it holds a login, which the answer may repeat.
+    """
 
     method: str
     url: str
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes | None = None
     patience: float = 0.0
+    secret: bool = False
 
     def with_authorization(self, value: str | None) -> Request:
         """The same with an Authorization header, if there is one to add."""
-        return self if value is None else replace(self, headers={**self.headers, "Authorization": value})
+        if value is None:
+            return self
+        return replace(self, headers={**self.headers, "Authorization": value}, secret=True)
 
 
 class Reply:
@@ -183,13 +205,14 @@ class Reply:
             return ""
         try:
             first = json.loads(self.read_all(ERROR_TEXT_SIZE))["errors"][0]
-            words = _QUERY.sub("?", f"{first['code']} {first.get('message', '')}")
+            if self._request.secret:  # it may be in the words, as it is or in some other form
+                words = first["code"] if first["code"] in _CODES else ""
+            else:
+                words = _QUERY.sub("?", f"{first['code']} {first.get('message', '')}")
         except (SourceError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return ""
-        login = self._request.headers.get("Authorization", "").partition(" ")[2]
-        if login and login in words:
-            return ""
-        return f" ({''.join(c if c.isprintable() else ' ' for c in words[:200]).strip()})"
+        words = "".join(c if c.isprintable() else " " for c in words[:200]).strip()
+        return f" ({words})" if words else ""
 
 
 @dataclass(frozen=True)
@@ -229,11 +252,25 @@ class Exchange:
         return f"{'http' if self._may_be_plain(f'http://{host}') else 'https'}://{host}"
 
     def check_url(self, url: str, came_from: str, task: Task) -> None:
-        """SourceError for a URL from a reply that leads to where TLS would be lost, or out of HTTP."""
-        scheme = urlsplit(url).scheme
+        """SourceError for a URL from a reply that is none, or leads to where TLS would be lost, or out of HTTP."""
+        try:
+            scheme = urlsplit(requests.Request("GET", url).prepare().url or "").scheme
+        except requests.exceptions.MissingSchema:
+            scheme = ""
+        except ValueError:
+            raise SourceError(f"{task.failed}: {origin(came_from)} points to what is no URL") from None
         plain = scheme == "http" and urlsplit(came_from).scheme == "http" and self._may_be_plain(url)
         if scheme != "https" and not plain:
             raise SourceError(f"{task.failed}: {origin(came_from)} points to {origin(url)}, which is not safe to use")
+
+    def target(self, location: str, came_from: str, task: Task) -> str:
+        """The URL that a reply's Location means, checked."""
+        try:
+            url = urljoin(came_from, location)
+        except ValueError:
+            raise SourceError(f"{task.failed}: {origin(came_from)} points to what is no URL") from None
+        self.check_url(url, came_from, task)
+        return url
 
     def send(self, task: Task, request: Request) -> Reply:
         """One request, one reply of whatever status. SourceError if there is no reply.
@@ -247,7 +284,7 @@ class Exchange:
             response = self._send(request, limit)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             raise SourceError(f"{_place(task, request.url)}{_reason(error)}", host=host) from None
-        _log.debug("%s %s: %d", request.method, without_query(request.url), response.status_code)
+        _log.debug("%s %s: %d", request.method, without_secrets(request.url), response.status_code)
         limit.in_head = False
         reply = Reply(response, request, task, self.backoff, limit)
         self._heed(host, reply.told_to_wait)
@@ -309,7 +346,7 @@ class Exchange:
         if refusal is None:
             self.backoff.succeeded(host)
             return 206
-        _log.debug("GET %s: %d", without_query(ranged.url), refusal.status)
+        _log.debug("GET %s: %d", without_secrets(ranged.url), refusal.status)
         told = _told(refusal.status, refusal.retry_after)
         self._heed(host, told)
         if told is not None or refusal.status >= _SERVER_ERRORS:
@@ -357,9 +394,10 @@ def origin(url: str) -> str:
     return f"{parts.scheme}://{parts.hostname}:{port}"
 
 
-def without_query(url: str) -> str:
-    """For logs."""
-    return url.partition("?")[0]
+def without_secrets(url: str) -> str:
+    """For logs: without query, user and password."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _place(task: Task, url: str) -> str:

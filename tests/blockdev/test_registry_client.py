@@ -20,7 +20,7 @@ from blockdev.registry.client import Client, Part
 from blockdev.registry.exchange import Timeouts
 from formats import oci
 from tests.authority import Authority
-from tests.fakes.http_server import Answer, HttpServer, Seen
+from tests.fakes.http_server import Answer, HttpServer
 from tests.fakes.object_store import ObjectStore
 from tests.registries import Registry
 from tests.small_image import CONTENT, DIGEST, NOBODY, SECRET, assert_one_sentence, provider, push, read
@@ -220,23 +220,13 @@ def test_a_host_that_told_us_to_wait_is_asked_by_nobody() -> None:
         assert len(server.seen) == 1
 
 
-def test_what_a_server_says_of_a_signature_or_a_login_is_not_repeated(tmp_path: Path) -> None:
-    def answer(seen: Seen) -> Answer:
-        login = seen.headers.get("authorization", "")
-        if not login:
-            return Answer(401, {"WWW-Authenticate": 'Basic realm="x"'})
-        said = f"no {login}" if "app" in seen.path else "bad signature of http://cdn/blob?X-Signature=s3cret&b=1"
-        body = json.dumps({"errors": [{"code": "NO", "message": said}]}).encode()
-        return Answer(418, {"Content-Type": "application/json"}, body)
-
-    with HttpServer(answer) as server:
-        client = Client(server.host, provider(tmp_path, server.host))
-        with pytest.raises(SourceError) as login:
-            client.manifest("app", "v1")
-        with pytest.raises(SourceError, match="bad signature of http://cdn/blob") as signature:
-            client.manifest("other", "v1")
-    assert_one_sentence(login.value, "answered 418")
-    assert "s3cret" not in str(signature.value)
+def test_what_a_server_says_of_a_signature_is_not_repeated() -> None:
+    said = "bad signature of http://cdn/blob?X-Signature=s3cret&b=1"
+    body = json.dumps({"errors": [{"code": "NO", "message": said}]}).encode()
+    answer = Answer(418, {"Content-Type": "application/json"}, body)
+    with HttpServer(lambda seen: answer) as server, pytest.raises(SourceError, match="bad signature") as caught:
+        Client(server.host, NOBODY).manifest("app", "v1")
+    assert "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("value", "seconds"), [("7", 7), ("soon", 1), ("-1", 1), ("9" * 50, 1)])
