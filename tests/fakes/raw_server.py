@@ -8,7 +8,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import BinaryIO, Self
 
 Talk = Callable[["Visit"], object]
 
@@ -16,9 +16,9 @@ Talk = Callable[["Visit"], object]
 class Visit:
     """One connection, from its first request on."""
 
-    def __init__(self, connection: socket.socket, closing: threading.Event) -> None:
+    def __init__(self, connection: socket.socket, stream: BinaryIO, closing: threading.Event) -> None:
         self.connection = connection
-        self._stream = connection.makefile("rb")
+        self._stream = stream
         self._closing = closing
 
     def requests(self) -> Iterator[bytes]:
@@ -56,7 +56,8 @@ class RawServer:
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
         self.host = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.url = f"{'https' if tls else 'http'}://{self.host}"
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
 
     @property
     def visits(self) -> int:
@@ -66,7 +67,9 @@ class RawServer:
         self._closing.set()
         for visitor in (self._listener, *self._visitors):
             with contextlib.suppress(OSError):  # the client was first
-                visitor.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(visitor, socket.SHUT_RDWR)  # under the TLS
+        for thread in self._threads:
+            thread.join(20)
         self._listener.close()
 
     def __enter__(self) -> Self:
@@ -79,11 +82,12 @@ class RawServer:
         with contextlib.suppress(OSError):  # closed
             while True:
                 visitor, _ = self._listener.accept()
-                self._visitors.append(visitor)
-                threading.Thread(target=self._serve, args=(visitor,), daemon=True).start()
+                self._threads.append(threading.Thread(target=self._serve, args=(visitor,), daemon=True))
+                self._threads[-1].start()
 
     def _serve(self, visitor: socket.socket) -> None:
         with contextlib.suppress(OSError):  # the client has left
             connection = self._tls.wrap_socket(visitor, server_side=True) if self._tls else visitor
-            with connection:
-                self._talk(Visit(connection, self._closing))
+            self._visitors.append(connection)
+            with connection, connection.makefile("rb") as stream:
+                self._talk(Visit(connection, stream, self._closing))
