@@ -19,8 +19,18 @@ def open_regular(path: str | Path, doing: str, *, write: bool = False) -> int:
     except OSError as error:
         raise from_os(doing, error, str(path)) from None
     kind = os.fstat(fd).st_mode
-    if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+    if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)) or not _has_size(fd):
         os.close(fd)
         hint = f" (an image layout is oci:{path})" if stat.S_ISDIR(kind) else ""
         raise UsageError(f"{doing}: {path}: neither a file nor a block device{hint}")
     return fd
+
+
+def _has_size(fd: int) -> bool:
+    """Not so for /proc/PID/mem, which calls itself a file."""
+    try:
+        os.lseek(fd, 0, os.SEEK_END)
+        os.lseek(fd, 0, os.SEEK_SET)
+    except OSError:
+        return False
+    return True

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serve until a signal, or until the owner ends."""
-    if args.bind and args.socket:
+    if args.bind is not None and args.socket:
         raise UsageError("serving failed: --bind: needs --port")
     signals = _Signals()
     with locate_upper(args) as origin, _listening(args) as (listener, uri):
@@ -100,7 +100,7 @@ def _listening(args: argparse.Namespace) -> Iterator[tuple[socket.socket, str]]:
         with _listening_at(path) as listener:
             yield listener, unix_uri(str(path), args.export)
     else:
-        with _listening_on(args.bind or _LOOPBACK, args.port) as listener:
+        with _listening_on(_LOOPBACK if args.bind is None else args.bind, args.port) as listener:
             host, port = listener.getsockname()[:2]
             yield listener, tcp_uri(host, port, args.export)
 
@@ -112,7 +112,9 @@ def _listening_on(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except socket.gaierror as error:
-        raise UsageError(f"listening failed: {host}: {error.strerror}") from None
+        raise UsageError(f"listening failed: {host or repr(host)}: {error.strerror}") from None
+    except UnicodeError:
+        raise UsageError(f"listening failed: {host}: not a host") from None
     except OSError as error:
         kind = {errno.EACCES: AccessDenied, errno.EADDRNOTAVAIL: UsageError}.get(error.errno or 0, DeviceError)
         raise kind(f"listening failed: {host} port {port}: {os.strerror(error.errno or 0)}") from None
