@@ -213,8 +213,7 @@ class Cache:
         except OSError as error:
             raise from_os("adopt blob", error, digest) from error
         digest = wanted.blob_digest
-        with self._lock:
-            found = self._stat(digest)
+        found = self._stat(digest)
         if found.verified and found.size == size:
             return digest
         if not found.in_use:
@@ -236,7 +235,8 @@ class Cache:
             if not (shared.nameless and shared.verified):
                 return
             digest = shared.files.head.blob_digest
-            if not self._stat(digest).verified:
+            named = self._open.get(digest)
+            if not (named or entryfiles.look(self._blobs, digest)).verified:
                 self._part(digest)
                 shared.files.put()
                 self._apart.remove(shared)
@@ -274,30 +274,32 @@ class Cache:
 
     def stat(self) -> list[EntryStat]:
         """Every entry, by digest."""
-        with self._lock:
-            return [self._stat(digest) for digest in entryfiles.digests(self._blobs)]
+        return [self._stat(digest) for digest in entryfiles.digests(self._blobs)]
 
     def prune(self) -> Pruned:
         """Remove every entry that is not in use."""
         removed, kept, freed = [], [], 0
-        with self._lock:
-            for digest in entryfiles.digests(self._blobs):
-                found = self._stat(digest)
-                if found.in_use:
+        for digest in entryfiles.digests(self._blobs):
+            with self._lock:
+                if digest in self._open:
                     kept.append(digest)
                     continue
                 try:
+                    allocated = entryfiles.allocated(self._blobs, digest)
                     entryfiles.remove(self._blobs, digest)
                 except OSError as error:
                     raise from_os("prune cache", error) from error
-                removed.append(digest)
-                freed += found.allocated
+            removed.append(digest)
+            freed += allocated
         return Pruned(tuple(removed), tuple(kept), freed)
 
     def look(self, digest: str) -> Found:
-        """What is on disk of a blob, between openings and removals."""
-        with self._lock:
-            return entryfiles.look(self._blobs, digest)
+        """What is on disk of a blob."""
+        found = entryfiles.look(self._blobs, digest)  # not under the lock: the table of a whole blob takes its time
+        if found.flaw:  # or so it looks in the middle of an opening or a removal
+            with self._lock:
+                found = entryfiles.look(self._blobs, digest)
+        return found
 
     def discard(self, digest: str) -> None:
         """Remove an entry whose files make none. DeviceError if it is in use, or a later version's."""
@@ -327,11 +329,12 @@ class Cache:
             return any(one.verified for one in [*self._open.values(), *self._apart] if one.blob is blob)
 
     def _stat(self, digest: str) -> EntryStat:
-        found = entryfiles.look(self._blobs, digest)
-        shared = self._open.get(digest)
-        if shared:
-            size, present = shared.blob.size, shared.blob.stat().present_bytes
-            return EntryStat(digest, size, present, found.allocated, shared.verified, in_use=True)
+        found = self.look(digest)
+        with self._lock:
+            shared = self._open.get(digest)
+            if shared:
+                size, present = shared.blob.size, shared.blob.stat().present_bytes
+                return EntryStat(digest, size, present, found.allocated, shared.verified, in_use=True)
         return EntryStat(digest, found.size, found.present, found.allocated, found.verified, in_use=False)
 
     # ---- open entries ----
@@ -367,6 +370,8 @@ class Cache:
     ) -> OpenEntry:
         with ExitStack() as undo:
             undo.callback(files.close)
+            if not nameless:
+                undo.callback(self._remove_empty, files)
             self._last_id += 1
             blob = self._engine.open_cached(
                 files.data_fd,
@@ -395,9 +400,20 @@ class Cache:
             shared.leave(user)
             if shared.users:
                 return False
-            if shared in self._apart:
-                self._apart.remove(shared)
-            else:
-                del self._open[shared.files.head.blob_digest]
-            shared.close()
+            try:
+                if shared in self._apart:
+                    self._apart.remove(shared)
+                else:
+                    del self._open[shared.files.head.blob_digest]
+                    self._remove_empty(shared.files)
+            finally:
+                shared.close()
             return True
+
+    def _remove_empty(self, files: EntryFiles) -> None:
+        """Of an image that could not be opened, most likely: what is left with nothing in it is no entry."""
+        try:
+            if files.head.size and files.empty():
+                entryfiles.remove(self._blobs, files.head.blob_digest)
+        except OSError as error:
+            raise from_os("remove cache entry", error) from error

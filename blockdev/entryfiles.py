@@ -10,6 +10,7 @@ that one process writes, and that no two of its threads open the same entry at a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -17,16 +18,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from blockdev.errors import CorruptImage, DeviceError, UsageError, from_os
+from blockdev.errors import CorruptImage, DeviceError, EngineError, UsageError, from_os
+from blockdev.ownfile import open_own, read_own
+from blockdev.ranges import data_ranges
 from formats import presence
 from formats.errors import FormatError
 
 log = logging.getLogger(__name__)
 
 ALGORITHMS = {"sha256": 64, "sha512": 128}  # hex digits of a digest
+SIZE_MAX = 1 << 40  # bytes of a blob, the engine's BLOB_SIZE_MAX: far more than any layer, and tables of 64 MiB
 _MAP = ".map"
 _BLOCK = 512  # st_blocks' unit, whatever the file system
 _BROKEN = bytes(presence.SEAL_SIZE)
+_ENTRY = 4  # bytes of a table entry
+_TABLE_ALIGN = 256  # bytes, which divides ...
+_TABLE_PIECE = 64 << 10  # ... bytes of a table looked at together
 
 
 class OfAnother(Exception):
@@ -71,9 +78,15 @@ class EntryFiles:
         path = path_of(blobs, wanted.blob_digest)
 
         def named(file: Path) -> int:
-            return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            return open_own(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
 
-        return cls._open(path, named, wanted)
+        try:
+            return cls._open(path, named, wanted)
+        except EngineError:  # no room, most likely
+            if _is_half_made(path):
+                with contextlib.suppress(OSError):  # what is in its way is told already
+                    remove(blobs, wanted.blob_digest)
+            raise
 
     @classmethod
     def open_nameless(cls, blobs: Path, wanted: presence.Head) -> EntryFiles:
@@ -112,7 +125,7 @@ class EntryFiles:
             return
         if not wanted.table:
             self.write_head(replace(self.head, table=""))
-        elif self.head.verified or not any(read_table(self.map_fd, self.head.size)):
+        elif self.head.verified or self.empty():
             self.write_head(replace(self.head, table=wanted.table, repository=wanted.repository))
         else:
             self.write_head(replace(self.head, table="", repository=""))
@@ -123,6 +136,13 @@ class EntryFiles:
             name_files(self._path, self.data_fd, self.map_fd)
         except OSError as error:
             raise from_os("name cache entry", error, str(self._path)) from error
+
+    def empty(self) -> bool:
+        """Whether no extent is here."""
+        try:
+            return not _any_present(self.map_fd, self.head.size)
+        except OSError as error:
+            raise from_os("read cache entry", error, str(self._path)) from error
 
     def read(self, offset: int, length: int) -> bytes:
         """What the data file holds there, which may be nothing yet."""
@@ -178,7 +198,7 @@ class EntryFiles:
 
 
 def wanted(digest: str, size: int, table: str = "", repository: str = "") -> presence.Head:
-    """The head of a blob's entry. UsageError if that is no digest, or no size."""
+    """The head of a blob's entry. UsageError if that is no digest, or no size; CorruptImage: one that no blob has."""
     head = presence.Head(digest, size, verified=False, table=table, repository=repository)
     try:
         head.build()
@@ -186,6 +206,8 @@ def wanted(digest: str, size: int, table: str = "", repository: str = "") -> pre
         raise UsageError(f"open cache entry: {digest}: {error}") from error
     if digest.partition(":")[0] not in ALGORITHMS:
         raise UsageError(f"open cache entry: {digest}: only {' and '.join(ALGORITHMS)} are known")
+    if size > SIZE_MAX:
+        raise CorruptImage(f"open cache entry: {digest}: {size} bytes: more than {SIZE_MAX}, which no layer has")
     return head
 
 
@@ -216,20 +238,30 @@ def foreign(blobs: Path) -> Iterator[Path]:
 def look(blobs: Path, digest: str) -> Found:
     """What the files of an entry say, at this moment."""
     path = path_of(blobs, digest)
-    allocated = sum(file.stat().st_blocks * _BLOCK for file in (path, map_of(path)) if file.exists())
+    nothing = Found(digest, 0, 0, allocated(blobs, digest), verified=False)
     try:
-        with open(map_of(path), "rb") as file:
+        with open(open_own(map_of(path)), "rb") as file:
             head = _parse(file.read(presence.HEAD_SIZE), digest)
             _check_data(head, path.stat().st_size)
-            present = _present_bytes(read_table(file.fileno(), head.size), head.size)
+            present = _present_bytes(file.fileno(), head.size)
     except FileNotFoundError as error:
         missing = "data" if error.filename == os.fspath(path) else "map"
-        return Found(digest, 0, 0, allocated, verified=False, flaw=f"its {missing} is missing", half_made=True)
+        return replace(nothing, flaw=f"its {missing} is missing", half_made=True)
     except FormatError as error:
-        newer = isinstance(error, presence.NewerVersion)
-        return Found(digest, 0, 0, allocated, verified=False, flaw=error.what, newer=newer)
+        return replace(nothing, flaw=error.what, newer=isinstance(error, presence.NewerVersion))
+    except OSError as error:
+        return replace(nothing, flaw=f"its map cannot be read: {error.strerror}")
     verified = head.verified and present == head.size
-    return Found(digest, head.size, present, allocated, verified, repository=head.repository)
+    return replace(nothing, size=head.size, present=present, verified=verified, repository=head.repository)
+
+
+def allocated(blobs: Path, digest: str) -> int:
+    """Bytes of disk space that the files of an entry take."""
+    total = 0
+    for file in (path_of(blobs, digest), map_of(path_of(blobs, digest))):
+        with contextlib.suppress(FileNotFoundError):
+            total += file.lstat().st_blocks * _BLOCK
+    return total
 
 
 def name_files(path: Path, data_fd: int, map_fd: int) -> None:
@@ -255,15 +287,37 @@ def repository_of(blobs: Path, digest: str) -> str:
 def remove(blobs: Path, digest: str) -> None:
     """Delete both files, the map first: what is left of an interrupted removal is empty."""
     path = path_of(blobs, digest)
-    map_of(path).unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
+    for file in (map_of(path), path):
+        try:
+            file.unlink(missing_ok=True)
+        except IsADirectoryError:  # put there in its place
+            file.rmdir()
+
+
+def table_pieces(map_fd: int, size: int) -> Iterator[tuple[int, memoryview]]:
+    """The table of a blob's map where the file has data, in bounded pieces: the first extent of each (a multiple
+    of 64), and its entries. What is left out is absent: a hole costs nothing, whatever size a blob claims. OSError.
+    """
+    end = presence.TABLE_OFFSET + _ENTRY * presence.extent_count(size)
+    done = presence.TABLE_OFFSET
+    for start, stop in data_ranges(map_fd, end):
+        at = max(done, start - start % _TABLE_ALIGN)
+        while at < stop:
+            read = os.pread(map_fd, min(_TABLE_PIECE, stop - at), at)
+            entries = memoryview(read[: len(read) - len(read) % _ENTRY]).cast("I")
+            if not entries:
+                break
+            yield (at - presence.TABLE_OFFSET) // _ENTRY, entries
+            at += _ENTRY * len(entries)
+        done = max(done, at)
 
 
 def read_table(map_fd: int, size: int) -> memoryview:
-    """The table of a blob's map: an entry for each extent, those that the file lacks as 0."""
-    count = presence.extent_count(size)
-    table = os.pread(map_fd, 4 * count, presence.TABLE_OFFSET)
-    return memoryview(table[: len(table) & ~3].ljust(4 * count, b"\0")).cast("I")
+    """All of the table of a blob's map: an entry for each extent, those that the file lacks as 0."""
+    table = memoryview(bytearray(_ENTRY * presence.extent_count(size))).cast("I")
+    for first, entries in table_pieces(map_fd, size):
+        table[first : first + len(entries)] = entries
+    return table
 
 
 def _parse(raw: bytes, digest: str) -> presence.Head:
@@ -295,7 +349,7 @@ def _claim(wanted: presence.Head, data_fd: int, map_fd: int) -> presence.Head:
         others = head.repository != wanted.repository
         if head.size != wanted.size:
             text = f"it is the map of {head.size} bytes, {wanted.size} are expected"
-            if others and any(read_table(map_fd, head.size)):
+            if others and _any_present(map_fd, head.size):
                 raise OfAnother(text)
             raise FormatError(text)
         # What a table is held against is looked at before its first use, whosever it was.
@@ -317,9 +371,28 @@ def _claim(wanted: presence.Head, data_fd: int, map_fd: int) -> presence.Head:
     return wanted
 
 
-def _present_bytes(table: memoryview, size: int) -> int:
-    present = (len(table) - table.tolist().count(0)) * presence.EXTENT_SIZE
-    return present - (len(table) * presence.EXTENT_SIZE - size if len(table) and table[-1] else 0)
+def _is_half_made(path: Path) -> bool:
+    """Whether an opening has got no further than files without a head, for want of room."""
+    try:
+        return not any(read_own(map_of(path), presence.HEAD_SIZE))
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
+def _any_present(map_fd: int, size: int) -> bool:
+    return any(any(entries) for _, entries in table_pieces(map_fd, size))
+
+
+def _present_bytes(map_fd: int, size: int) -> int:
+    last = presence.extent_count(size) - 1
+    present = 0
+    for first, entries in table_pieces(map_fd, size):
+        present += (len(entries) - entries.tolist().count(0)) * presence.EXTENT_SIZE
+        if first <= last < first + len(entries) and entries[last - first]:
+            present -= (last + 1) * presence.EXTENT_SIZE - size
+    return present
 
 
 def _digest_of_name(path: Path) -> str:

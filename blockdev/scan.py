@@ -78,17 +78,21 @@ def _pieces(
 ) -> Iterator[tuple[int, memoryview, memoryview]]:
     """First extent, table entries and content of each piece that has an extent. Valid until the next one."""
     buffer = memoryview(bytearray(min(_PIECE * EXTENT_SIZE, size)))
-    table = entryfiles.read_table(map_fd, size)
-    for first in range(0, len(table), _PIECE):
-        present = table[first : first + _PIECE]
-        if not any(present):
-            continue
+    for first, present in _present(map_fd, size):
         start = first * EXTENT_SIZE
         length = min(len(buffer), size - start)
         got = os.preadv(data_fd, [buffer[:length]], start)
         buffer[got:length] = bytes(length - got)
         yield first, present, buffer[:length]
         progress(sum(min(EXTENT_SIZE, length - at * EXTENT_SIZE) for at, entry in enumerate(present) if entry))
+
+
+def _present(map_fd: int, size: int) -> Iterator[tuple[int, memoryview]]:
+    for first, entries in entryfiles.table_pieces(map_fd, size):
+        for at in range(0, len(entries), _PIECE):
+            piece = entries[at : at + _PIECE]
+            if any(piece):
+                yield first + at, piece
 
 
 def _bad_extents(

@@ -23,8 +23,9 @@ enum {
 	READ_FIRST_EXTENTS = 64  /* extents pinned together for one pread */
 };
 
-/* A blob of more than this is refused: its states alone would take 1 GiB. */
-static const uint64_t BLOB_SIZE_MAX = (uint64_t)1 << 44;
+/* A blob of more than this, far more than any layer, is refused: who writes a manifest claims
+ * sizes for nothing, and states (64 MiB of address space) and table grow with them. */
+static const uint64_t BLOB_SIZE_MAX = (uint64_t)1 << 40;
 
 /* ---- plain I/O ---- */
 
@@ -127,8 +128,13 @@ int ob_blob_open_local(struct ob_engine *engine, int fd, uint64_t size, struct o
 	return *out ? 0 : status_set(errno ? errno : ENOMEM, "open blob: local file: errno %d", errno);
 }
 
+static uint64_t table_place(const struct ob_blob *blob, uint64_t extent)
+{
+	return blob->table_offset + extent * TABLE_ENTRY;
+}
+
 /* Entries that are not 0 become PRESENT, not CHECKED. A table that ends early is as if
- * the rest were 0. */
+ * the rest were 0; so is a hole, which is not read. */
 static int table_load(struct ob_blob *blob)
 {
 	uint32_t *entries = malloc(TABLE_CHUNK * TABLE_ENTRY);
@@ -136,10 +142,19 @@ static int table_load(struct ob_blob *blob)
 
 	if (!entries)
 		return status_set(ENOMEM, "open presence map: out of memory");
-	for (uint64_t first = 0; first < blob->extents; first += TABLE_CHUNK) {
-		uint64_t count = blob->extents - first < TABLE_CHUNK ? blob->extents - first : TABLE_CHUNK;
-		ssize_t got = pread(blob->map_fd, entries, count * TABLE_ENTRY, (off_t)(blob->table_offset + first * TABLE_ENTRY));
+	for (uint64_t first = 0; first < blob->extents;) {
+		off_t data = lseek(blob->map_fd, (off_t)table_place(blob, first), SEEK_DATA);
+		uint64_t count;
+		ssize_t got;
 
+		if (data < 0 && errno == ENXIO)
+			break;
+		if (data >= 0)
+			first = ((uint64_t)data - blob->table_offset) / TABLE_ENTRY;
+		if (first >= blob->extents)
+			break;
+		count = min_u64(blob->extents - first, TABLE_CHUNK);
+		got = data < 0 ? -1 : pread(blob->map_fd, entries, count * TABLE_ENTRY, (off_t)table_place(blob, first));
 		if (got < 0) {
 			error = status_set(errno, "open presence map: table: errno %d", errno);
 			break;
@@ -150,8 +165,9 @@ static int table_load(struct ob_blob *blob)
 				blob->present++;
 			}
 		}
-		if ((uint64_t)got < count * TABLE_ENTRY)
+		if (got < TABLE_ENTRY)
 			break;
+		first += (uint64_t)got / TABLE_ENTRY;
 	}
 	free(entries);
 	return error;
@@ -215,11 +231,6 @@ static uint32_t extent_sum(const uint8_t *bytes, uint64_t length)
 	uint32_t sum = ~ob_crc32c(~0u, bytes, length);
 
 	return sum ? sum : 1;
-}
-
-static uint64_t table_place(const struct ob_blob *blob, uint64_t extent)
-{
-	return blob->table_offset + extent * TABLE_ENTRY;
 }
 
 int extents_write(struct ob_blob *blob, uint64_t first, uint64_t count, const uint8_t *bytes)

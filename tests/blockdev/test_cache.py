@@ -6,7 +6,10 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Iterator
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,9 @@ import pytest
 from blockdev.cache import Cache
 from blockdev.config import Policy
 from blockdev.engine import Engine
+from blockdev.entryfiles import SIZE_MAX
 from blockdev.errors import CorruptImage, DeviceError, EngineError, UsageError
+from blockdev.scan import scan
 from formats import presence
 
 CONTENT = random.Random(2).randbytes(500_001)
@@ -201,7 +206,9 @@ def test_a_lost_table_means_absent_extents(cache: Cache, tmp_path: Path) -> None
 
 
 def test_a_later_versions_entry_is_refused_and_left_alone(cache: Cache, tmp_path: Path) -> None:
-    cache.open(DIGEST, SIZE, POLICY).close()
+    entry = cache.open(DIGEST, SIZE, POLICY)
+    entry.blob.store(0, CONTENT)
+    entry.close()
     path = tmp_path / "sha256" / f"{HEX}.map"
     head = bytearray(path.read_bytes()[: presence.HEAD_SIZE])
     head[8] = presence.VERSION + 1
@@ -255,6 +262,74 @@ def test_stat_counts_and_prune_removes_what_is_not_in_use(cache: Cache, tmp_path
     assert used.blob.read_at(EXTENT, 10) == bytes(10)
     used.close()
     assert [found.digest for found in cache.stat()] == [other]
+
+
+def test_what_a_manifest_claims_costs_nothing(cache: Cache, engine: Engine, tmp_path: Path) -> None:
+    """No memory for a table of holes, and nothing left of it."""
+    tracemalloc.start()
+    entry = cache.open(DIGEST, SIZE_MAX, POLICY)
+    assert cache.stat()[0].present == 0
+    entry.blob.store(SIZE_MAX - EXTENT, CONTENT[:EXTENT])
+    entry.blob.store(0, CONTENT[:EXTENT])
+    entry.close()
+    (found,) = cache.stat()
+    assert (found.size, found.present) == (SIZE_MAX, 2 * EXTENT)
+    assert found.allocated < 1 << 20
+    assert scan(tmp_path, cache.look(DIGEST), lambda count: None, hashed=False) == []
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 << 20
+    assert cache.prune().removed == (DIGEST,)
+
+
+def test_a_blob_larger_than_any_layer_is_refused(cache: Cache, tmp_path: Path) -> None:
+    with pytest.raises(CorruptImage, match=f"{SIZE_MAX + 1} bytes: more than"):
+        cache.open(DIGEST, SIZE_MAX + 1, POLICY)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_entry_in_which_nothing_arrived_is_none(cache: Cache, tmp_path: Path) -> None:
+    cache.open(DIGEST, SIZE, POLICY).close()
+    assert cache.stat() == []
+    assert list((tmp_path / "sha256").iterdir()) == []
+
+
+def test_an_entry_that_there_is_no_room_for_is_not_left_behind(engine: Engine, tmp_path: Path) -> None:
+    """A limit on files' sizes stands for a full disk."""
+    program = f"""
+import resource, signal
+from pathlib import Path
+from blockdev.cache import Cache
+from blockdev.config import Policy
+from blockdev.engine import Engine
+from blockdev.entryfiles import SIZE_MAX
+from blockdev.errors import EngineError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    Cache(Path({str(tmp_path)!r}), Engine(work_threads=1)).open({DIGEST!r}, {SIZE}, Policy("eio", 1.0))
+except EngineError:
+    print("refused")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "refused\n"
+    assert list((tmp_path / "sha256").iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_is_no_map_is_a_flaw_of_its_entry(cache: Cache, tmp_path: Path, make: Callable[[Path], None]) -> None:
+    fd = _file(tmp_path)
+    cache.adopt(fd, DIGEST)
+    os.close(fd)
+    map = tmp_path / "sha256" / f"{HEX}.map"
+    map.unlink()
+    make(map)
+    assert "no regular file" in cache.look(DIGEST).flaw
+    assert [found.present for found in cache.stat()] == [0]
+    with pytest.raises(EngineError, match="no regular file"):
+        cache.open(DIGEST, SIZE, POLICY)
+    assert cache.prune().removed == (DIGEST,)
+    assert not map.exists()
 
 
 def test_a_place_that_cannot_be_written_is_refused(engine: Engine, tmp_path: Path) -> None:
