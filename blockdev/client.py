@@ -141,7 +141,10 @@ def connect_to_live(
     DeviceError if it lives and does not listen, for longer than it takes to begin or to leave."""
     deadline = time.monotonic() + timeout
     while True:
-        connection = _connect_once(root, timeout, notice)
+        try:
+            connection = _connect_once(root, timeout, notice)
+        except NotADirectoryError:
+            return None
         if connection or not root.owned():
             return connection
         if time.monotonic() > deadline:
@@ -153,7 +156,7 @@ def connect_to_live(
 def _connect_once(root: Root, timeout: float, notice: Notice) -> Connection | None:
     try:
         channel = control.connect(root.socket, timeout)
-    except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+    except (FileNotFoundError, ConnectionRefusedError):
         return None
     connection = Connection(channel, root, notice)
     try:

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from blockdev.errors import AccessDenied, DeviceError, EngineError
+from blockdev.errors import AccessDenied, DeviceError, EngineError, NotFound
 from blockdev.ownfile import open_own, read_own
 from blockdev.ranges import write_at
 from blockdev.replacement import UNFINISHED, replacing
@@ -103,8 +103,10 @@ class Root:
         with self._refusals("opening the lock"):
             try:
                 fd = open_own(self.lock, os.O_NOFOLLOW)
-            except (FileNotFoundError, NotADirectoryError):
+            except FileNotFoundError:
                 return False
+            except NotADirectoryError:
+                raise NotFound(f"opening the lock failed: {self.path}: it is no directory") from None
         try:
             return not _lock_within(fd, 0)
         finally:
