@@ -113,6 +113,10 @@ class Entry:
                 return
         raise DeviceError(f"drop extent: {self.digest}: offset {offset}: it stays in use")
 
+    def give_up(self) -> None:
+        """Wait for nothing any more: reads of the blob fail now, unless another user waits for longer."""
+        self._cache._give_up(self._state, self._user)
+
     def close(self) -> bool:
         """Give it back; True if nobody else uses the blob, which is then closed. Idempotent."""
         shared, self._shared = self._shared, None
@@ -394,6 +398,10 @@ class Cache:
         return OpenEntry(
             files, blob, self._last_id, units, sealed=sealed, repository=wanted.repository, nameless=nameless
         )
+
+    def _give_up(self, shared: OpenEntry, user: User) -> None:
+        with self._lock:
+            shared.give_up(user)
 
     def _leave(self, shared: OpenEntry, user: User) -> bool:
         with self._lock:

@@ -17,6 +17,7 @@ import contextlib
 import errno
 import json
 import os
+import select
 import socket
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,6 +82,7 @@ class Channel:
         self._received = bytearray()
         self._searched = 0  # bytes of it that hold no end of line
         self._descriptors: list[int] = []
+        self._hung_up = False
 
     def send(self, body: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
         """Send one object; descriptors stay open here. Raises OSError if the peer has gone."""
@@ -159,8 +161,15 @@ class Channel:
         """Of the process at the other end; 0 if it has none here."""
         return _credentials(self._socket)[0]
 
+    def gone(self) -> bool:
+        """Whether the peer has hung up, and we have not."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        return not self._hung_up and bool(poll.poll(0))
+
     def hang_up(self) -> None:
         """Make a receive() in another thread return None; sending still works."""
+        self._hung_up = True
         with contextlib.suppress(OSError):  # the peer has hung up already
             self._socket.shutdown(socket.SHUT_RD)
 

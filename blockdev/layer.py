@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -41,6 +41,7 @@ class NamedBlob(NamedTuple):
 
     `doubtful`: its digest has not been checked, so that what came of it may not be what it is.
     `checked`: by what its parts are, when they come: SHA256 or CRC_ONLY. `units`: what they are held against.
+    give_up(): whoever opened it waits for nothing of it any more.
     """
 
     name: str
@@ -48,6 +49,7 @@ class NamedBlob(NamedTuple):
     doubtful: bool = False
     checked: str = CRC_ONLY
     units: Units | None = None
+    give_up: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)

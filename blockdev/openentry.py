@@ -46,7 +46,7 @@ class Word:
     repository: str = ""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class User:
     """One that has a blob open. None: somebody who brings no bytes, or does not wait for any."""
 
@@ -57,7 +57,7 @@ class User:
 class OpenEntry:
     """What all users of an open entry share. `nameless`: of files that may get the blob's names.
 
-    join(), leave() and suits() are its cache's to call, one at a time.
+    join(), leave(), give_up() and suits() are its cache's to call, one at a time.
     """
 
     def __init__(
@@ -126,6 +126,11 @@ class OpenEntry:
     def leave(self, user: User) -> None:
         """One that has joined does no longer."""
         self.users.remove(user)
+        self._set_policy()
+
+    def give_up(self, user: User) -> None:
+        """One that has joined waits for nothing any more."""
+        user.policy = Policy("eio", 0.0)
         self._set_policy()
 
     def _set_policy(self) -> None:

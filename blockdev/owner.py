@@ -14,11 +14,11 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blockdev.build.verify import Progress, Verified
 from blockdev.cache import Cache, Pruned
@@ -44,7 +44,15 @@ log = logging.getLogger(__name__)
 
 _CLOSE_LIMIT = 1.0  # seconds to close what devices hold that nobody wrote to, once they have drained
 _RETRY = 0.5  # seconds after which a thread that could not be started is tried again
+_LOOK = 0.25  # seconds between looks at whether a caller who waits for reads is still there
 _JOIN_LIMIT = 2.0  # seconds for fetch threads to come back from a source
+
+
+class Caller(NamedTuple):
+    """Who waits for an image to be opened: told of how it was found; whether he has gone."""
+
+    tell: Tell
+    gone: Callable[[], bool]
 
 
 class Owner:
@@ -67,11 +75,11 @@ class Owner:
 
     # ---- for sessions ----
 
-    def open(self, origin: Origin, access: Mapping[str, Any] | None, policy: Policy, tell: Tell) -> Stack:
+    def open(self, origin: Origin, access: Mapping[str, Any] | None, policy: Policy, caller: Caller) -> Stack:
         """Open an image. access says how to reach its registry, and is None if all of it is local.
 
         Waits for the registry: as long as `policy` says for what has to be read of a blob. What its
-        user should know of how it was found is told at once, in one line.
+        user should know of how it was found is told at once, in one line. If he goes, the waiting ends.
         """
         if access is None:
             return open_local(self._engine, origin)
@@ -79,35 +87,42 @@ class Owner:
 
         def note(line: str) -> None:
             remarks.append(line)
-            tell(line)
+            caller.tell(line)
 
         with ExitStack() as undo:
             blobs = self._open_lowers(origin, access, policy, undo, note)
             upper = [open_part(self._engine, part, undo) for part in origin.upper]
             pair = (upper[0], upper[1]) if upper else None
-            with self.telling_why(blobs):
+            with self.reading(blobs, caller.gone):
                 image = open_image(self._engine, blobs, pair, writable=origin.writable)
             return Stack(origin, image, [*blobs, *upper], undo.pop_all(), remark="; ".join(remarks))
 
-    def verify(self, stack: Stack, progress: Progress) -> list[Verified]:
+    def verify(self, stack: Stack, progress: Progress, gone: Callable[[], bool]) -> list[Verified]:
         """Read all of an opened image, and check it."""
-        with self.telling_why(stack.blobs):
+        with self.reading(stack.blobs, gone):
             return stack.verify(self._engine, progress)
 
     @contextmanager
-    def telling_why(self, blobs: Sequence[NamedBlob]) -> Iterator[None]:
-        """Reading needs what does not come: say what was the matter with the blob, if that is known."""
+    def reading(self, blobs: Sequence[NamedBlob], gone: Callable[[], bool]) -> Iterator[None]:
+        """Reads that a caller waits for: they fail once he has `gone`, and with what was the matter with a blob, if
+        that is known."""
+        over = threading.Event()
+        watch = threading.Thread(target=_watch, args=(blobs, gone, over), name="watch", daemon=True)
+        watch.start()
         try:
             yield
         except SourceError as error:
             raise self._supply.why(blobs) or error from error
+        finally:
+            over.set()
+            watch.join()
 
     def pull(
         self,
         origin: Origin,
         access: Mapping[str, Any] | None,
         policy: Policy,
-        tell: Tell,
+        caller: Caller,
         progress: PullProgress | None,
     ) -> list[Pulled]:
         """Have a registry's image here: what opening it takes; with `progress` all of it, verified.
@@ -115,7 +130,7 @@ class Owner:
         A source that fails is waited for as `policy` says. UsageError if no blob is a registry's.
         """
         with ExitStack() as undo:
-            blobs = [] if access is None else self._open_lowers(origin, access, policy, undo, tell)
+            blobs = [] if access is None else self._open_lowers(origin, access, policy, undo, caller.tell)
             entries = []
             for blob in dict.fromkeys(named.blob for named in blobs):
                 entry = self.cache.in_use(blob)
@@ -127,7 +142,7 @@ class Owner:
             pull = Pull(origin.name, entries, self._supply, policy)
             if progress:
                 pull.complete(progress, self._stopping)
-            with self.telling_why(blobs):
+            with self.reading(blobs, caller.gone):
                 open_image(self._engine, blobs).close()
             return pull.result()
 
@@ -309,3 +324,11 @@ class Owner:
         """Free the engine, unless a thread is stuck in it: then this process is about to end anyway."""
         if self._supply.join(_JOIN_LIMIT):
             self._engine.close()
+
+
+def _watch(blobs: Sequence[NamedBlob], gone: Callable[[], bool], over: threading.Event) -> None:
+    while not over.wait(_LOOK):
+        if gone():
+            for named in blobs:
+                named.give_up()
+            return

@@ -33,7 +33,7 @@ from blockdev.device import Device, NbdTransport, State
 from blockdev.errors import BlockdevError, DeviceError, EngineError, UsageError, shortage
 from blockdev.fsck import Check, Repair
 from blockdev.origin import Origin
-from blockdev.owner import Owner
+from blockdev.owner import Caller, Owner
 from blockdev.stack import Stack
 from blockdev.transport.fuse import FuseTransport
 
@@ -59,6 +59,7 @@ class Session:
         self._owner = owner
         self._stop = stop
         self._ended = ended
+        self._caller = Caller(self._tell, channel.gone)
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._ops: dict[str, Callable[[Message], Body]] = {
             "hello": self._hello,
@@ -226,7 +227,7 @@ class Session:
 
     def _open(self, message: Message) -> Stack:
         origin = Origin.from_wire(message.member("image", dict), message.descriptors)
-        return self._owner.open(origin, _access(message), parse_policy(message.member("policy", str)), self._tell)
+        return self._owner.open(origin, _access(message), parse_policy(message.member("policy", str)), self._caller)
 
     def _tell(self, line: str) -> None:
         """Something the caller's user should know now; the answer follows."""
@@ -238,7 +239,8 @@ class Session:
 
     def _verify(self, message: Message) -> Body:
         with self._open(message) as stack:
-            return {"layers": [asdict(layer) for layer in self._owner.verify(stack, self._progress())]}
+            verified = self._owner.verify(stack, self._progress(), self._channel.gone)
+            return {"layers": [asdict(layer) for layer in verified]}
 
     def _pull(self, message: Message) -> Body:
         """Fetch an image; a caller that has gone ends it."""
@@ -249,7 +251,7 @@ class Session:
             tell(done=present, checked=checked, total=size)
 
         policy, complete = parse_policy(message.member("policy", str)), message.member("complete", bool)
-        pulled = self._owner.pull(origin, _access(message), policy, self._tell, progress if complete else None)
+        pulled = self._owner.pull(origin, _access(message), policy, self._caller, progress if complete else None)
         return {"blobs": [asdict(blob) for blob in pulled]}
 
     def _adopt(self, message: Message) -> Body:
@@ -274,7 +276,7 @@ class Session:
         """Write the disk to the last descriptor, which the caller calls "output"."""
         target, name = message.descriptor(-1), message.member("output", str)
         with self._open(message) as stack:
-            with self._owner.telling_why(stack.blobs):
+            with self._owner.reading(stack.blobs, self._channel.gone):
                 export_image(stack.image, target, name, self._progress())
             return {"size": stack.image.size}
 
@@ -287,7 +289,7 @@ class Session:
                 asked = self._channel.receive()
                 if asked is None:
                     raise ConnectionAbortedError
-                with contextlib.closing(asked), self._owner.telling_why(stack.blobs):
+                with contextlib.closing(asked), self._owner.reading(stack.blobs, self._channel.gone):
                     if asked.body.get("op") == "end":
                         return {}
                     self._channel.send({"read": _read(stack, asked, window)})

@@ -117,7 +117,7 @@ class Supply:
         if entry.complete and not entry.verified:
             self._whole.put(entry.id)
         checked = SHA256 if units or entry.verified else CRC_ONLY
-        return NamedBlob(digest, entry.blob, doubtful=checked == CRC_ONLY, checked=checked, units=units)
+        return NamedBlob(digest, entry.blob, checked == CRC_ONLY, checked, units, entry.give_up)
 
     def _leave(self, entry: Entry, leave: Callable[[], bool]) -> None:
         with self._lock:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import requires
-from tests.commands import Run, devices
+from tests.commands import Run, Start, devices, until
 from tests.fakes.http_server import Answer, HttpServer, Seen
 from tests.fakes.object_store import ObjectStore
 from tests.registries import Registry
@@ -122,3 +123,31 @@ def test_a_command_says_why_a_blob_does_not_come(
         refused("verify", reference)
         refused("export", reference, "-o", tmp_path / "raw")
         refused("pull", reference, "--complete")
+
+
+@pytest.mark.parametrize("command", ["inspect", "pull"])
+def test_who_is_killed_while_he_waits_leaves_nothing_that_waits(
+    run: Run, start: Start, registries: Registries, push: Push, command: str
+) -> None:
+    store = ObjectStore()
+    give, stalled, released = store.server.answer, threading.Semaphore(0), threading.Event()
+
+    def answer(seen: Seen) -> Answer:
+        if seen.range:
+            stalled.release()
+            released.wait()
+        return give(seen)
+
+    store.server.answer = answer
+    registry = registries(redirect_to=store.server.url)
+    store.folder = registry.storage
+    reference, _ = push(registry)
+    try:
+        waiting = start(command, reference, "--on-error", "hang")
+        assert stalled.acquire(timeout=30)
+        assert json.loads(run("cache", "prune", "--json").stdout)["removed"] == []
+        waiting.kill()
+        assert until(lambda: len(json.loads(run("cache", "prune", "--json").stdout)["removed"]) == 1)
+    finally:
+        released.set()
+        store.server.close()
