@@ -29,7 +29,7 @@ from blockdev.errors import AccessDenied, BlockdevError, DeviceError, EngineErro
 
 VERSION = 1
 LINE_MAX = 8 << 20  # a full cache's listing takes 1 MiB
-REQUEST_MAX = 1 << 20  # an image of 255 layers takes 100 KiB; as JSON values it is thirty times that
+REQUEST_MAX = 4 << 20  # an environment and certificates, and 100 KiB for 255 layers; as JSON values thirty times that
 DESCRIPTORS_MAX = 1024  # of one object: 255 layers, an upper pair, and room
 _BATCH = 250  # Linux refuses more than 253 (SCM_MAX_FD) on one message
 _PIECE = 64 << 10  # bytes asked from the kernel at a time

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,8 @@ from blockdev.origin import Origin, locate
 from blockdev.registry.credentials import Provider
 from blockdev.root import Root
 
-_CA_MAX = 4 << 20  # bytes; the system's whole bundle is 200 KiB
+_CA_MAX = 1 << 20  # bytes; the system's whole bundle is 200 KiB
+_ENVIRONMENT_MAX = 2560 << 10  # bytes as JSON: what a process can be given where its stack may have 8 MiB, and some
 
 
 def ask_owner(
@@ -50,7 +52,12 @@ def image_request(args: argparse.Namespace, origin: Origin) -> tuple[Body, list[
 def registry_access(args: argparse.Namespace) -> dict[str, Any]:
     """How this caller reaches registries: what blockdev.remote.Access.from_wire() reads."""
     provider = Provider.of_environment(os.environ)
-    return {"plain_http": args.plain_http, "ca": certificates(args.ca), "credentials": provider.to_json()}
+    credentials = provider.to_json()
+    size = len(json.dumps(credentials["environment"]))
+    if size > _ENVIRONMENT_MAX:
+        why = f"{size} bytes as JSON, and what credential helpers are given is at most {_ENVIRONMENT_MAX}"
+        raise UsageError(f"reaching registries failed: the environment: {why}")
+    return {"plain_http": args.plain_http, "ca": certificates(args.ca), "credentials": credentials}
 
 
 def certificates(path: str | None) -> str:
