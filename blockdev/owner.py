@@ -272,6 +272,11 @@ class Owner:
             if any(named.blob is blob for named in device.stack.blobs):
                 device.error = why
 
+    @property
+    def stopping(self) -> bool:
+        """Whether drain() has begun: whatever is under way may end unfinished."""
+        return self._stopping.is_set()
+
     def busy(self) -> bool:
         """Whether somebody still depends on this owner."""
         return bool(self._devices)

@@ -114,6 +114,8 @@ class Session:
             return operation(message)
         except BlockdevError as error:
             log.info("%s failed: %s", op, error)
+            if isinstance(error, EngineError) and self._owner.stopping:
+                return control.error_body(DeviceError(f"{error} (the owner is stopping)"))
             return control.error_body(error)
         except ConnectionError:
             raise

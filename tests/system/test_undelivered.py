@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import requires
-from tests.commands import Run, Start, devices, until
+from tests.commands import Run, Start, devices, ended, until
 from tests.fakes.http_server import Answer, HttpServer, Seen
 from tests.fakes.object_store import ObjectStore
 from tests.registries import Registry
@@ -125,10 +125,9 @@ def test_a_command_says_why_a_blob_does_not_come(
         refused("pull", reference, "--complete")
 
 
-@pytest.mark.parametrize("command", ["inspect", "pull"])
-def test_who_is_killed_while_he_waits_leaves_nothing_that_waits(
-    run: Run, start: Start, registries: Registries, push: Push, command: str
-) -> None:
+@pytest.fixture
+def held(registries: Registries, push: Push) -> Iterator[tuple[str, threading.Semaphore]]:
+    """An image whose registry answers no request for its bytes, and what is released for each."""
     store = ObjectStore()
     give, stalled, released = store.server.answer, threading.Semaphore(0), threading.Event()
 
@@ -142,12 +141,38 @@ def test_who_is_killed_while_he_waits_leaves_nothing_that_waits(
     registry = registries(redirect_to=store.server.url)
     store.folder = registry.storage
     reference, _ = push(registry)
-    try:
-        waiting = start(command, reference, "--on-error", "hang")
-        assert stalled.acquire(timeout=30)
-        assert json.loads(run("cache", "prune", "--json").stdout)["removed"] == []
-        waiting.kill()
-        assert until(lambda: len(json.loads(run("cache", "prune", "--json").stdout)["removed"]) == 1)
-    finally:
-        released.set()
-        store.server.close()
+    yield reference, stalled
+    released.set()
+    store.server.close()
+
+
+@pytest.mark.parametrize("command", ["inspect", "pull"])
+def test_who_is_killed_while_he_waits_leaves_nothing_that_waits(
+    run: Run, start: Start, held: tuple[str, threading.Semaphore], command: str
+) -> None:
+    reference, stalled = held
+    waiting = start(command, reference, "--on-error", "hang")
+    assert stalled.acquire(timeout=30)
+    assert json.loads(run("cache", "prune", "--json").stdout)["removed"] == []
+    waiting.kill()
+    assert until(lambda: len(json.loads(run("cache", "prune", "--json").stdout)["removed"]) == 1)
+
+
+def test_who_waits_when_the_owner_stops_is_told(
+    run: Run, start: Start, held: tuple[str, threading.Semaphore]
+) -> None:
+    reference, stalled = held
+    waiting = start("inspect", reference, "--on-error", "hang")
+    assert stalled.acquire(timeout=30)
+    assert run("daemon", "--stop").returncode == 0
+    code, errors = ended(waiting)
+    assert (code, errors.count("\n")) == (7, 1)
+    assert "the owner is stopping" in errors
+
+
+def test_an_environment_as_large_as_one_can_be_is_taken(run: Run, registry: Registry, push: Push) -> None:
+    reference, _ = push(registry)
+    assert run("inspect", reference, **{f"LARGE_{number}": "x" * 110_000 for number in range(11)}).returncode == 0
+    done = run("inspect", reference, **{f"LARGE_{number}": "\N{SNOWMAN}" * 40_000 for number in range(13)})
+    assert done.returncode == 2
+    assert "the environment: " in done.stderr
