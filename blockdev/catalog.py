@@ -13,6 +13,7 @@ an image opens on a full disk too. Assumes one process a root; any thread may ca
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import threading
@@ -24,6 +25,7 @@ from typing import Any
 
 from blockdev.control import member
 from blockdev.errors import BlockdevError, from_os
+from blockdev.ownfile import read_own
 from blockdev.replacement import UNFINISHED, replacing
 from formats import oci
 from formats.errors import FormatError
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 
 SEEN_EVERY = 3600.0  # seconds: a tag that stays the same is not written anew at each opening
 _VERSION = 1
+_DAMAGED = {errno.EIO, errno.EINVAL}  # of the disk; no regular file
 _DOCUMENTS = ("sha256", "sha512")
 _TAGS = "tags"
 _REPOSITORIES = "repositories"
@@ -195,7 +198,10 @@ class Catalog:
 
     def foreign(self) -> list[Path]:
         """Files that are none of ours, or that were left half written."""
+        if self._folder.exists() and not self._folder.is_dir():
+            return [self._folder]
         rooms = {self._folder / room for room in (*_DOCUMENTS, _TAGS, _REPOSITORIES)}
+        rooms = {room for room in rooms if room.is_dir()}
         ours = {path for room in rooms for path in self._files(room.name)}
         return [path for path in sorted(self._folder.rglob("*")) if path not in ours and path not in rooms]
 
@@ -212,7 +218,7 @@ class Catalog:
         """The files of ours in a room."""
         try:
             found = sorted((self._folder / room).iterdir())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return [path for path in found if path.name.isalnum() and path.is_file() and not path.is_symlink()]
 
@@ -236,11 +242,13 @@ class Catalog:
 
     def _read(self, path: Path) -> bytes | None:
         try:
-            with open(path, "rb") as file:
-                return file.read(oci.DOCUMENT_SIZE_MAX + 1)
-        except FileNotFoundError:
+            return read_own(path, oci.DOCUMENT_SIZE_MAX + 1)
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
+            if error.errno in _DAMAGED:
+                log.warning("kept file is damaged path=%s: %s", path, error.strerror)
+                return None
             raise from_os("reading the catalog failed", error, str(path)) from None
 
     def _write_fields(self, path: Path, fields: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ same afterwards. Nothing is changed here.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from blockdev import entryfiles
 from blockdev.engine import crc32c
 from blockdev.entryfiles import Found
 from blockdev.errors import from_os
+from blockdev.ownfile import open_own
 from formats.presence import EXTENT_SIZE, TABLE_OFFSET
 
 _ENTRY = 4  # bytes of a table entry
@@ -44,8 +46,8 @@ def scan(blobs: Path, found: Found, progress: Progress, *, hashed: bool) -> list
     path = entryfiles.path_of(blobs, found.digest)
     try:
         with ExitStack() as undo:
-            data = undo.enter_context(open(path, "rb", buffering=0)).fileno()
-            table = undo.enter_context(open(entryfiles.map_of(path), "rb", buffering=0)).fileno()
+            data = undo.enter_context(open(open_own(path), "rb", buffering=0)).fileno()
+            table = undo.enter_context(open(open_own(entryfiles.map_of(path)), "rb", buffering=0)).fileno()
             whole = hashlib.new(found.digest.partition(":")[0]) if hashed else None
             bad = []
             for first, present, piece in _pieces(data, table, found.size, progress):
@@ -65,8 +67,8 @@ def scan(blobs: Path, found: Found, progress: Progress, *, hashed: bool) -> list
 def is_bad(data_fd: int, map_fd: int, offset: int, length: int) -> bool:
     """Whether an extent differs from its table entry, and does not change while one looks."""
     while entry := _entry(map_fd, offset):
-        content = os.pread(data_fd, length, offset)
-        if len(content) == length and _checksum(content) == entry:
+        content = _content(data_fd, length, offset)
+        if content and len(content) == length and _checksum(content) == entry:
             return False
         if _entry(map_fd, offset) == entry:
             return True
@@ -81,8 +83,11 @@ def _pieces(
     for first, present in _present(map_fd, size):
         start = first * EXTENT_SIZE
         length = min(len(buffer), size - start)
-        got = os.preadv(data_fd, [buffer[:length]], start)
-        buffer[got:length] = bytes(length - got)
+        try:
+            got = os.preadv(data_fd, [buffer[:length]], start)
+            buffer[got:length] = bytes(length - got)
+        except OSError:
+            _read_each(data_fd, buffer[:length], start)
         yield first, present, buffer[:length]
         progress(sum(min(EXTENT_SIZE, length - at * EXTENT_SIZE) for at, entry in enumerate(present) if entry))
 
@@ -102,8 +107,27 @@ def _bad_extents(
         content = piece[number * EXTENT_SIZE : (number + 1) * EXTENT_SIZE]
         offset = (first + number) * EXTENT_SIZE
         if entry and _checksum(content) != entry and is_bad(data_fd, map_fd, offset, len(content)):
-            found = _checksum(os.pread(data_fd, len(content), offset))
-            yield offset, len(content), f"its CRC32C is {found:08x}, the map says {entry:08x}"
+            now = _content(data_fd, len(content), offset)
+            what = "it cannot be read" if now is None else f"its CRC32C is {_checksum(now):08x}"
+            yield offset, len(content), f"{what}, the map says {entry:08x}"
+
+
+def _read_each(data_fd: int, piece: memoryview, start: int) -> None:
+    """As one read of the piece; what the disk does not give becomes what matches no checksum."""
+    for at in range(0, len(piece), EXTENT_SIZE):
+        length = min(EXTENT_SIZE, len(piece) - at)
+        content = _content(data_fd, length, start + at)
+        piece[at : at + length] = os.urandom(length) if content is None else content.ljust(length, b"\0")
+
+
+def _content(data_fd: int, length: int, offset: int) -> bytes | None:
+    """What the file holds there; None: the disk does not say."""
+    try:
+        return os.pread(data_fd, length, offset)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return None
 
 
 def _entry(map_fd: int, offset: int) -> int:

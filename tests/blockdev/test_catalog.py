@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -200,3 +202,24 @@ def test_a_repository_without_tls_is_another(catalog: Catalog) -> None:
     catalog.note_place(plain, LAYERS[:1])
     assert [catalog.place(LAYERS[0], place.key) for place in (PLACE, plain)] == [PLACE, plain]
     assert catalog.place(LAYERS[1], plain.key) is None
+
+
+@pytest.mark.parametrize("make", [Path.touch, os.mkfifo])
+def test_a_catalog_that_is_no_directory_holds_nothing(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "catalog")
+    catalog = Catalog(tmp_path / "catalog")
+    catalog.see("r/app:1", "sha256:" + "0" * 64)
+    assert catalog.seen("r/app:1") is None
+    assert catalog.place("sha256:" + "0" * 64) is None
+    assert catalog.foreign() == [tmp_path / "catalog"]
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_is_no_file_of_the_catalog_is_not_there(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    digest = "sha256:" + "0" * 64
+    (tmp_path / "sha256").mkdir()
+    make(tmp_path / "sha256" / ("0" * 64))
+    catalog = Catalog(tmp_path)
+    assert catalog.document(digest) is None
+    catalog.keep({digest: b"{}"})
+    assert catalog.foreign() == [tmp_path / "sha256" / ("0" * 64)]

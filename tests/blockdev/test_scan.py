@@ -80,6 +80,16 @@ def test_a_file_that_ends_early_is_bad_from_there(filling: Filling, path: Path) 
     assert [one.offset // EXTENT for one in bad] == [3, 4, 5, 6]
 
 
+def test_what_the_disk_does_not_give_is_bad_by_extents(filling: Filling, path: Path) -> None:
+    """Where a process has no memory, its mem says EIO, as a disk says of a bad sector."""
+    found = entryfiles.look(filling.blobs, DIGEST)
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    bad = scan(filling.blobs, found, lambda count: None, hashed=True)
+    assert [one.offset // EXTENT for one in bad] == [0, 1, 2, 3, 4, 5, 6]
+    assert all("cannot be read" in one.why for one in bad)
+
+
 def test_what_is_not_there_is_not_bad(filling: Filling) -> None:
     entry = filling.open()
     entry.blob.store(2 * EXTENT, CONTENT[2 * EXTENT : 4 * EXTENT])
