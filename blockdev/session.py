@@ -325,7 +325,7 @@ class Session:
         return {"devices": self._owner.describe()}
 
     def _stop_owner(self, message: Message) -> Body:
-        live = [device.where or device.stack.name for device in self._owner.devices()]
+        live = [device.where or device.stack.name for device in self._owner.devices() if not _unmounted(device)]
         if live and not message.body.get("force"):
             raise DeviceError(f"stopping the owner failed: {', '.join(live)}: in use (--force ends them)")
         devices = [device for device in self._owner.devices() if device.stack.writable]
@@ -336,6 +336,11 @@ class Session:
         except BlockdevError as error:
             return {"stopping": os.getpid(), "lost": control.error_body(error)}
         return {"stopping": os.getpid(), "lost": {}}
+
+
+def _unmounted(device: Device) -> bool:
+    """Whether a device is about to end, as its kernel has let go of it."""
+    return isinstance(device.transport, FuseTransport) and device.transport.gone()
 
 
 def _read(stack: Stack, asked: Message, window: int) -> int:

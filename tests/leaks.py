@@ -20,6 +20,11 @@ from pathlib import Path
 
 RUNS = Path(tempfile.gettempdir()).resolve() / "ociblk-test"  # short: socket paths go below it
 RUN_VARIABLE = "OCIBLK_TEST_RUN"
+# For the beginning of a script in a new mount namespace: the mounts of other tests are in it too, and would stay for as
+# long as it. Best effort: one may have ended meanwhile.
+FORGET_MOUNTS = f"""
+awk -v runs={RUNS}/ 'index($5, runs) == 1 {{ print $5 }}' /proc/self/mountinfo | tac | xargs -r -n 1 umount --lazy || :
+"""
 KILL_WAIT = 5.0  # seconds a killed process may take to disappear
 
 

@@ -32,7 +32,7 @@ from blockdev.fetch.pool import THREADS
 from blockdev.root import Root
 from tests.commands import COMMAND_WAIT, WAIT, until
 from tests.fakes.fault_proxy import CALM, LOSING, Fault, FaultProxy, Plan, Served
-from tests.leaks import RUNS
+from tests.leaks import FORGET_MOUNTS
 from tests.registries import Registry
 from tests.requires import scaled
 
@@ -46,12 +46,10 @@ ALLOWANCE = THREADS + 3  # requests on their way while the first refusal is: fet
 OPEN_FAILURES = {4, 5, 6}  # denied, corrupt, not delivered: what an open may end with while faults are on
 CUT_OFF = {-signal.SIGTERM, 128 + signal.SIGTERM}
 READ_WAIT = 90.0  # seconds that one read may take: its policy, and a stall or two that began before
-# The mounts of other tests are in the new namespace too, where they would stay for as long as it.
-_PRIVATE = """
+_PRIVATE = f"""{FORGET_MOUNTS}
 mount --bind "$1" /etc/hosts
 mount --bind "$2" /etc/nsswitch.conf
-awk -v runs="$3/" 'index($5, runs) == 1 { print $5 }' /proc/self/mountinfo | tac | xargs -r -n 1 umount --lazy
-shift 3
+shift 2
 exec "$@"
 """
 _DROPPED = re.compile(r"blob dropped digest=\S+ extents=(\d+)")
@@ -126,7 +124,7 @@ class Storm:
     def _start_owner(self, folder: Path) -> subprocess.Popen[bytes]:
         switch = folder / "nsswitch.conf"
         switch.write_text("hosts: files\n")
-        command = ["unshare", "--mount", "sh", "-e", "-c", _PRIVATE, "sh", str(self._hosts), str(switch), str(RUNS)]
+        command = ["unshare", "--mount", "sh", "-e", "-c", _PRIVATE, "sh", str(self._hosts), str(switch)]
         command += [self._ociblk, "daemon", "--debug", "--root", str(self._root)]
         with open(self._log_path, "wb") as log:
             owner = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

@@ -9,6 +9,7 @@ unmounted. That end shows as EventKind.FUSE_CLOSED with this transport's id.
 from __future__ import annotations
 
 import os
+import select
 from typing import ClassVar
 
 from blockdev.engine import FuseSession
@@ -50,6 +51,13 @@ class FuseTransport:
             if fd >= 0:
                 os.close(fd)
         self._fuse_fd = self._memfd = -1
+
+    def gone(self) -> bool:
+        """Whether the kernel has let go of the file, be it that its end has not been dealt with yet."""
+        poll = select.poll()
+        if self._fuse_fd >= 0:
+            poll.register(self._fuse_fd, 0)  # errors alone
+        return self._fuse_fd < 0 or bool(poll.poll(0))
 
     def requests(self) -> int:
         """Requests answered since attach()."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from blockdev.root import Root
-from tests import fixtures, requires
+from tests import fixtures, leaks, requires
 from tests.commands import WAIT, Run, Start, devices, ended, mounted, owner_pid, until, uri_of
 
 DATA = fixtures.DATA
@@ -271,7 +271,7 @@ def test_without_fuse_a_mount_is_refused_in_one_line(tmp_path: Path, ociblk: str
     mnt = tmp_path / "mnt"
     mnt.mkdir()
     # A mount namespace whose /dev has what every program needs, and no fuse.
-    empty_dev = "mount -t tmpfs tmpfs /dev && mknod -m 666 /dev/null c 1 3 && exec \"$@\""
+    empty_dev = f"{leaks.FORGET_MOUNTS}mount -t tmpfs tmpfs /dev && mknod -m 666 /dev/null c 1 3 && exec \"$@\""
     command = [ociblk, "mount", str(ext4), str(mnt), "--root", str(root.path)]
     failed = subprocess.run(
         ["unshare", "-m", "sh", "-c", empty_dev, "-", *command],

@@ -412,7 +412,7 @@ def test_force_takes_what_is_mounted_below_along(mounter: Mounter, disks: dict[s
 
 
 # /dev/fuse as distributions set it up, and the switch to end connections; then no longer root.
-AS_A_USER = """
+AS_A_USER = f"""{leaks.FORGET_MOUNTS}
 mknod "$1" c 10 229
 chmod 666 "$1"
 mount --bind "$1" /dev/fuse

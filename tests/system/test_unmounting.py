@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from blockdev.mountpoint import FuseFile
 from blockdev.root import Root
-from tests import fixtures, requires
+from blockdev.transport.fuse import FuseTransport
+from tests import fixtures, leaks, requires
 from tests.commands import WAIT, Run, devices, mounted, owner_pid, until
 
 LAYER = fixtures.DATA / "a-l2.lz4-4k.zlsmt"
@@ -135,6 +137,18 @@ def test_what_is_not_mounted_is_unmounted_already(tmp_path: Path, run: Run, ext4
     assert run("umount", "/proc").returncode == 3
 
 
+def test_a_transport_knows_at_once_that_its_file_is_gone() -> None:
+    """`umount` and then `daemon --stop`: the owner must not take for live what it has not come to end yet."""
+    requires.requires_mount()
+    with FuseFile() as file:
+        transport = FuseTransport(os.dup(file.fuse_fd), id=1)
+        file.passed()
+        assert not transport.gone()
+    assert transport.gone()
+    transport.detach(timeout=0)
+    assert transport.gone()
+
+
 def test_a_line_of_fstab_mounts_a_writable_layer(tmp_path: Path, root: Root, ociblk: str, run: Run, ext4: Path) -> None:
     (target := tmp_path / "mnt").mkdir()
     pair = (tmp_path / "data", tmp_path / "index")
@@ -160,7 +174,7 @@ def test_a_user_is_told_that_file_systems_are_for_root(tmp_path: Path, ociblk: s
     for path in (tmp_path, *tmp_path.parents):
         if path.stat().st_mode & 0o111 != 0o111:
             path.chmod(0o711)
-    users = f"""
+    users = f"""{leaks.FORGET_MOUNTS}
 mknod {tmp_path}/fuse c 10 229
 chmod 666 {tmp_path}/fuse
 mount --bind {tmp_path}/fuse /dev/fuse
