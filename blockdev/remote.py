@@ -166,11 +166,35 @@ class Remotes:
 
     def _resolve(self, client: Client, reference: Reference, tell: Tell, patience: float) -> _Image:
         """What the reference means for this machine. `patience`: seconds for a registry that tells us to wait."""
-        name = str(reference)
         digest = reference.digest or ""
-        body, asked = self._catalog.document(digest) if digest else None, False
-        if body is None:
-            digest, body, asked = self._ask(client, reference, tell, patience)
+        body = self._catalog.document(digest) if digest else None
+        if body is not None:
+            return self._understand(client, reference, digest, body, asked=False)
+        return self._ask(client, reference, tell, patience)
+
+    def _ask(self, client: Client, reference: Reference, tell: Tell, patience: float) -> _Image:
+        """What the registry answers with; if it does not, or with what is no manifest, what it last answered with."""
+        name = str(reference)
+        seen = None if reference.digest else self._catalog.seen(name)
+        body = self._catalog.document(seen.digest) if seen else None
+        # Nobody waits for what can be had from the catalog.
+        deadline = time.monotonic() + (0 if body else patience)
+        try:
+            document = patiently(lambda: client.manifest(reference.repository, reference.identifier), deadline)
+            if body is not None:
+                parse_manifest(document.body)  # others than the registry answer too: a portal to log in at
+            return self._understand(client, reference, document.digest, document.body, asked=True)
+        except (SourceError, FormatError) as error:
+            if seen is None or body is None:
+                raise
+            log.warning("registry unreachable image=%s: %s", name, error)
+            why = "unreachable" if isinstance(error, SourceError) else "answers with no manifest"
+            tell(f"registry {reference.registry} {why}: using {name}@{seen.digest} seen {seen.date}")
+        return self._understand(client, reference, seen.digest, body, asked=False)
+
+    def _understand(self, client: Client, reference: Reference, digest: str, body: bytes, *, asked: bool) -> _Image:
+        """The image of a document, with the one that this document chooses for this machine."""
+        name = str(reference)
         documents = {digest: body}
         fetched = asked
         try:
@@ -187,23 +211,6 @@ class Remotes:
             return _Image(manifest, block_layers(name, manifest), documents, fetched, tag_asked)
         except FormatError as error:
             raise CorruptImage(f"reading a manifest failed: {name}: {error}") from None
-
-    def _ask(self, client: Client, reference: Reference, tell: Tell, patience: float) -> tuple[str, bytes, bool]:
-        """Digest and body that the registry answers with; or those of its last answer, and False."""
-        name = str(reference)
-        seen = None if reference.digest else self._catalog.seen(name)
-        body = self._catalog.document(seen.digest) if seen else None
-        # Nobody waits for what can be had from the catalog.
-        deadline = time.monotonic() + (0 if body else patience)
-        try:
-            document = patiently(lambda: client.manifest(reference.repository, reference.identifier), deadline)
-        except SourceError as error:
-            if seen is None or body is None:
-                raise
-            log.warning("registry unreachable image=%s: %s", name, error)
-            tell(f"registry {reference.registry} unreachable: using {name}@{seen.digest} seen {seen.date}")
-            return seen.digest, body, False
-        return document.digest, document.body, True
 
     def _keep_config(self, reference: Reference, access: Access, config: Descriptor) -> None:
         """Fetch a new image's config, which nobody waits for: no layer needs it."""

@@ -292,6 +292,16 @@ _ENDINGS = {
 }
 
 
+def forwarded(seen: Seen, upstream: str) -> Answer:
+    """What a real registry says to the same request."""
+    connection = http.client.HTTPConnection(upstream)
+    connection.request(seen.method, seen.path, seen.body or None, _without(seen, "host"))
+    reply = connection.getresponse()
+    answer = Answer(reply.status, _headers(reply), reply.read())
+    connection.close()
+    return answer
+
+
 def _headers(reply: http.client.HTTPResponse) -> dict[str, str]:
     return {name: value for name, value in reply.getheaders() if name.lower() not in {*_HOP_HEADERS, "date", "server"}}
 

@@ -16,6 +16,8 @@ from blockdev.root import Root
 from formats import oci
 from tests import requires
 from tests.commands import Run, devices, until
+from tests.fakes.fault_proxy import forwarded
+from tests.fakes.http_server import Answer, HttpServer, Seen
 from tests.registries import Registry
 
 MIB = 1 << 20
@@ -68,6 +70,36 @@ def test_a_tag_is_what_it_was_seen_as_last_and_that_is_said(
     inspected = run("inspect", tag, "--json")
     assert notice.fullmatch(inspected.stderr)
     assert json.loads(inspected.stdout)["size"] == 8 * MIB
+
+
+def test_a_tag_whose_answer_is_no_image_is_what_it_was_seen_as_last(
+    run: Run, registry: Registry, pushed: tuple[str, str]
+) -> None:
+    digest = pushed[1].partition("@")[2]
+    lost = oci.digest_of(b"another manifest")
+    indexes = [oci.Index((oci.Descriptor(oci.OCI_MANIFEST, child, 500),)).build() for child in (digest, lost)]
+    answers = {"/v2/app/manifests/many": Answer(200, {"Content-Type": oci.OCI_INDEX}, indexes[0])}
+
+    def answer(seen: Seen) -> Answer:
+        return answers.get(seen.path) or forwarded(seen, registry.host)
+
+    with HttpServer(answer) as front:
+        tag = f"{front.host}/app:many"
+        first = run("inspect", tag)
+        assert (first.returncode, first.stderr) == (0, "")
+        answers["/v2/app/manifests/many"] = Answer(200, {"Content-Type": oci.OCI_INDEX}, indexes[1])
+        answers[f"/v2/app/manifests/{lost}"] = Answer(500)
+        kept = f"using {tag}@{oci.digest_of(indexes[0])} seen "
+        second = run("inspect", tag)
+        assert (second.returncode, second.stdout) == (0, first.stdout)
+        assert second.stderr.startswith(f"ociblk: registry {front.host} unreachable: {kept}")
+        answers["/v2/app/manifests/many"] = Answer(200, {"Content-Type": "text/html"}, b"<html>Please log in")
+        third = run("inspect", tag)
+        assert (third.returncode, third.stdout) == (0, first.stdout)
+        assert third.stderr.startswith(f"ociblk: registry {front.host} answers with no manifest: {kept}")
+        assert run("inspect", f"{front.host}/app:other").returncode == 3
+        answers["/v2/app/manifests/other"] = answers["/v2/app/manifests/many"]
+        assert run("inspect", f"{front.host}/app:other").returncode == 5
 
 
 def test_what_is_kept_is_named_by_its_digest(
