@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import requires
-from tests.commands import Run
+from tests.commands import Run, devices, until
 from tests.registries import Registry
 
 MIB = 1 << 20
@@ -78,4 +78,5 @@ def test_what_one_has_left_is_not_the_others(two: Two, run: Run, tmp_path: Path)
         assert run("mount", "--raw", name, file).returncode == 0
         assert read(file) == disk[PLACE:][:4096]
         assert run("umount", file).returncode == 0
+        assert until(lambda: devices(run) == [])
         assert run("daemon", "--stop").returncode == 0
