@@ -336,7 +336,7 @@ def sync(mounted: Mounted) -> None:
     fd = os.open(mounted.point, os.O_RDONLY | os.O_CLOEXEC)
     try:
         if mounted.kind != FUSE_KIND:
-            syscalls.sync_filesystem(fd)
+            syscalls.sync_file_system(fd)
         os.fsync(fd)
     finally:
         os.close(fd)

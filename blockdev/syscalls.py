@@ -141,13 +141,6 @@ def keep_mounts_private() -> None:
     mount("none", Path("/"), "", flags=_MS_REC | _MS_PRIVATE, options="")
 
 
-def sync_filesystem(fd: int) -> None:
-    """syncfs(2): what was written to the file system that fd is of is on its disk."""
-    if _libc.syncfs(fd) != 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
-
-
 def umount(target: Path, flags: int) -> None:
     """umount2(2)."""
     if _libc.umount2(os.fsencode(target), flags) != 0:
