@@ -83,6 +83,14 @@ static const char *answer_header(const char *name)
 	return header->amount == 1 ? header->value : "?";
 }
 
+/* The blob's size may be left out: "bytes 0-9/" and an asterisk. */
+static int is_wanted(const struct transfer *transfer, const char *range)
+{
+	size_t length = strcspn(transfer->wanted, "/") + 1;
+
+	return !strcmp(range, transfer->wanted) || (!strncmp(range, transfer->wanted, length) && !strcmp(range + length, "*"));
+}
+
 static size_t on_header(char *line, size_t unit, size_t count, void *argument)
 {
 	struct transfer *transfer = argument;
@@ -98,7 +106,7 @@ static size_t on_header(char *line, size_t unit, size_t count, void *argument)
 	if (status < 200)
 		return unit * count; /* of an interim answer */
 	encoding = answer_header("Content-Encoding");
-	transfer->accepted = status == 206 && !strcmp(answer_header("Content-Range"), transfer->wanted) &&
+	transfer->accepted = status == 206 && is_wanted(transfer, answer_header("Content-Range")) &&
 	                     (!*encoding || !strcmp(encoding, "identity"));
 	transfer->refused = !transfer->accepted;
 	return transfer->accepted ? unit * count : 0;

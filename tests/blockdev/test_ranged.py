@@ -91,7 +91,7 @@ WRONG = [
     Answer(200, {}, CONTENT),
     Answer(206, {"Content-Range": f"bytes 1-{EXTENT}/{len(CONTENT)}"}, CONTENT[1 : EXTENT + 1]),
     Answer(206, {"Content-Range": f"bytes 0-{EXTENT - 1}/{len(CONTENT) + 1}"}, CONTENT[:EXTENT]),
-    Answer(206, {"Content-Range": f"bytes 0-{EXTENT - 1}/*"}, CONTENT[:EXTENT]),
+    Answer(206, {"Content-Range": "bytes */*"}, CONTENT[:EXTENT]),
     Answer(206, {}, CONTENT[:EXTENT]),
     Answer(206, {"Content-Range": f"bytes 0-{EXTENT - 1}/{len(CONTENT)}", "Content-Encoding": "gzip"}, bytes(EXTENT)),
     Answer(307, {"Location": "/elsewhere"}),
@@ -111,6 +111,13 @@ def test_another_answer_is_told_and_nothing_is_taken_of_it(desk: Desk, answer: A
         assert len(server.seen) == 1, "no redirect is followed, nothing is tried again"
         server.answer = obedient
         assert fetch.get(target(server.url), timeout=WAIT) is None
+        assert desk.entry.blob.read_at(0, EXTENT) == CONTENT[:EXTENT]
+
+
+def test_a_range_that_does_not_say_the_blobs_size_is_taken(desk: Desk) -> None:
+    answer = Answer(206, {"Content-Range": f"bytes 0-{EXTENT - 1}/*"}, CONTENT[:EXTENT])
+    with HttpServer(lambda seen: answer) as server:
+        assert desk.fetch(0, 1).get(target(server.url), timeout=WAIT) is None
         assert desk.entry.blob.read_at(0, EXTENT) == CONTENT[:EXTENT]
 
 
