@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from blockdev import syscalls
+
 RUNS = Path(tempfile.gettempdir()).resolve() / "ociblk-test"  # short: socket paths go below it
 RUN_VARIABLE = "OCIBLK_TEST_RUN"
 # For the beginning of a script in a new mount namespace: the mounts of other tests are in it too, and would stay for as
@@ -40,15 +42,21 @@ def mounts(run: Path) -> list[str]:
 
 
 def loops(run: Path) -> list[str]:
-    """Loop devices whose backing file is under the run's directory."""
+    """Loop devices whose backing file, or whose owner's root, is under the run's directory.
+
+    A device whose name has no room for its root (blockdev/mountpoint.py) is told by its mount alone.
+    """
     found = []
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        device = backing.parent.parent.name
         try:
-            file = backing.read_text()
+            file = backing.read_text().rstrip("\n")
+            if file == syscalls.NOWHERE:
+                file = syscalls.loop_status(int(device.removeprefix("loop"))).name.partition(" ")[2]
         except OSError:  # detached between listing and reading
             continue
         if file.startswith(f"{run}/"):
-            found.append(f"/dev/{backing.parent.parent.name}")
+            found.append(f"/dev/{device}")
     return found
 
 
