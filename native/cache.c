@@ -29,6 +29,7 @@ static const uint64_t BLOB_SIZE_MAX = (uint64_t)1 << 40;
 
 /* ---- plain I/O ---- */
 
+/* -ENODATA is a disk's EIO: -EIO says that a source has not delivered. */
 static int read_fully(int fd, void *buffer, uint64_t length, uint64_t offset)
 {
 	uint8_t *at = buffer;
@@ -39,9 +40,10 @@ static int read_fully(int fd, void *buffer, uint64_t length, uint64_t offset)
 		if (got < 0 && errno == EINTR)
 			continue;
 		if (got < 0)
-			return status_set(errno, "read file: offset %llu: errno %d", (unsigned long long)offset, errno);
+			return status_set(errno == EIO ? ENODATA : errno, "read file: offset %llu: errno %d",
+			                  (unsigned long long)offset, errno);
 		if (got == 0)
-			return status_set(EIO, "read file: offset %llu: the file ends before its size", (unsigned long long)offset);
+			return status_set(ENODATA, "read file: offset %llu: the file ends before its size", (unsigned long long)offset);
 		at += got;
 		offset += (uint64_t)got;
 		length -= (uint64_t)got;
@@ -352,6 +354,19 @@ static void extent_rotted(struct ob_blob *blob, uint64_t extent)
 	fetch_unlock(&blob->engine->fetch, NULL, NULL);
 }
 
+/* The disk no longer gives what it took. -EAGAIN: it is fetched again; once, then the disk's error stays. */
+static int extent_lost(struct ob_blob *blob, uint64_t extent, uint32_t seen, int error)
+{
+	if (seen & EXTENT_RETRIED)
+		return error;
+	pthread_mutex_lock(&blob->engine->fetch.lock);
+	if (!(atomic_fetch_or(&blob->state[extent], EXTENT_RETRIED) & EXTENT_RETRIED) &&
+	    extent_kind(blob, extent) == EXTENT_PRESENT)
+		extent_retire(blob, extent);
+	fetch_unlock(&blob->engine->fetch, NULL, NULL);
+	return -EAGAIN;
+}
+
 /* The slow way, for one extent: wherever it is, until it is nowhere. */
 static int extent_read(struct ob_blob *blob, uint64_t extent, uint64_t skip, uint8_t *buffer, uint64_t length)
 {
@@ -369,7 +384,7 @@ static int extent_read(struct ob_blob *blob, uint64_t extent, uint64_t skip, uin
 		else if (present && (state & EXTENT_MARK))
 			readahead_mark(blob, extent);
 		if (present && !rotted)
-			return error;
+			return error ? extent_lost(blob, extent, state, error) : 0;
 		if (rotted || (state & EXTENT_KIND) != EXTENT_RESIDENT)
 			return -EAGAIN;
 		pthread_mutex_lock(&blob->engine->fetch.lock);
@@ -420,6 +435,8 @@ int blob_try_read(struct ob_blob *blob, uint64_t offset, void *buffer, uint64_t 
 		if (!mapping_read(blob, offset, buffer, length))
 			error = read_fully(blob->data_fd, buffer, length, offset);
 		extents_unpin(blob, first, last);
+		if (error)
+			error = extents_read(blob, offset, buffer, length);
 	} else {
 		error = extents_read(blob, offset, buffer, length);
 	}

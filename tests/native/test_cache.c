@@ -359,6 +359,21 @@ static void test_rot_on_disk_is_found_and_fetched_again(void)
 	bench_close(&bench);
 }
 
+static void test_what_the_disk_lost_is_fetched_again(void)
+{
+	struct bench bench;
+
+	bench_open(&bench, 3 * EXTENT, 0);
+	check_read(bench.blob, 0, 3 * EXTENT);
+	next_event(bench.source.engine, OB_EVENT_BLOB_COMPLETE); /* from here on it is read from the disk */
+	CHECK(ftruncate(bench.data_fd, EXTENT) == 0);
+	check_read(bench.blob, 0, 3 * EXTENT);
+	CHECK(atomic_load(&bench.source.asked[0]) == 1);
+	CHECK(atomic_load(&bench.source.asked[1]) == 2);
+	CHECK(atomic_load(&bench.source.asked[2]) == 2);
+	bench_close(&bench);
+}
+
 static void seal(const struct bench *bench)
 {
 	const uint32_t word = 0x5ea1ed;
@@ -598,6 +613,7 @@ int main(void)
 	test_random_reader_gets_no_more_than_it_asked();
 	test_an_extent_missed_by_two_readers_is_no_stream();
 	test_rot_on_disk_is_found_and_fetched_again();
+	test_what_the_disk_lost_is_fetched_again();
 	test_whatever_takes_an_extent_away_breaks_the_seal_first();
 	test_a_seal_that_cannot_be_broken_keeps_the_cache_as_it_is();
 	test_a_broken_seal_has_to_be_synced();
