@@ -456,6 +456,17 @@ static void test_hits_overtake_misses(int family)
 	stand_close(&stand);
 }
 
+/* Until so many of its reads have had to wait. */
+static void await_misses(const struct stand *stand, uint64_t count)
+{
+	ob_blob_stat stat;
+
+	for (int tries = 0; ob_blob_get_stat(stand->blob, &stat), stat.misses < count; tries++) {
+		CHECK(tries < PATIENCE_MS);
+		usleep(1000);
+	}
+}
+
 /* More misses than may be parked: the rest waits in the socket, and none is lost. */
 static void test_parks_no_more_than_its_limit(void)
 {
@@ -473,6 +484,7 @@ static void test_parks_no_more_than_its_limit(void)
 		at = request_put(at, CMD_READ, 0, offset, offset, 100);
 	}
 	send_bytes(stand.client, wire, sizeof(wire));
+	await_misses(&stand, 128); /* while nothing is taken, neighbours join: few fetches, all of which may be out */
 	count = take(&stand, fetches, COUNT);
 	for (int i = 0; i < count; i++)
 		fed += answer(fetches[i]);
