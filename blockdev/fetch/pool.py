@@ -59,7 +59,7 @@ class Pool:
         self._backoff = backoff or Backoff()
         self._supplies: dict[int, _Supply] = {}
         self._down: set[int] = set()
-        self._failing: dict[int, BlockdevError] = {}  # blob id: why its last fetch failed
+        self._failing: dict[int, BlockdevError] = {}  # blob id: failure()
         self._stopping = False
         self._changed = threading.Condition()  # guards supplies, down and stopping
         self._threads = [
@@ -99,7 +99,8 @@ class Pool:
         self._failing.pop(id, None)
 
     def failure(self, id: int) -> BlockdevError | None:
-        """Why the last fetch of a blob failed; None if it did not."""
+        """Why the last fetch of a blob failed; None if it did not. What came wrong stays wrong until the blob is
+        closed, and so does the word of it, whatever other parts do."""
         return self._failing.get(id)
 
     def blob_down(self, id: int) -> None:
@@ -170,7 +171,8 @@ class Pool:
             fetch.finish(errno.EIO)
         else:
             self._backoff.succeeded(source.host)
-            if self._failing.pop(fetch.blob_id, None) is not None:
+            known = self._failing.get(fetch.blob_id)
+            if known and not isinstance(known, CorruptImage) and self._failing.pop(fetch.blob_id, None):
                 log.info("source delivers again source=%s", source.name)
             fetch.finish()
 
@@ -196,10 +198,11 @@ class Pool:
 
     def _note_failure(self, fetch: Fetch, name: str, error: BlockdevError) -> None:
         """The first failure of a blob is news, the following ones are not."""
-        first = fetch.blob_id not in self._failing
-        self._failing[fetch.blob_id] = copy.copy(error)  # without its frames, and their buffers
+        known = self._failing.get(fetch.blob_id)
+        if not isinstance(known, CorruptImage):
+            self._failing[fetch.blob_id] = copy.copy(error)  # without its frames, and their buffers
         log.log(
-            logging.WARNING if first else logging.DEBUG,
+            logging.DEBUG if known else logging.WARNING,
             "fetch failed source=%s offset=%d length=%d attempt=%d: %s",
             name,
             fetch.offset,
