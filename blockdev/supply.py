@@ -141,10 +141,10 @@ class Supply:
         self._pool.blob_down(id)
 
     def failure(self, id: int) -> tuple[Blob | None, str]:
-        """An open blob, and why its last fetch failed; None and "" for what is not so."""
+        """An open blob, and what there is to say of its fetches; None and "" for what is not so."""
         with self._lock:
             opened = self._open.get(id)
-            return opened.blob if opened else None, str(self._pool.failure(id) or "")
+            return opened.blob if opened else None, str(self._pool.complaint(id) or "")
 
     def why(self, blobs: Iterable[NamedBlob]) -> BlockdevError | None:
         """Why the last fetch of one of these failed, first what another try does not help with; None: none did."""

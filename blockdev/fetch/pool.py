@@ -59,7 +59,8 @@ class Pool:
         self._backoff = backoff or Backoff()
         self._supplies: dict[int, _Supply] = {}
         self._down: set[int] = set()
-        self._failing: dict[int, BlockdevError] = {}  # blob id: failure()
+        self._failing: dict[int, BlockdevError] = {}  # blob id: why its last fetch failed
+        self._wrong: dict[int, CorruptImage] = {}  # blob id: what of it came wrong last
         self._stopping = False
         self._changed = threading.Condition()  # guards supplies, down and stopping
         self._threads = [
@@ -97,11 +98,16 @@ class Pool:
             self._supplies.pop(id, None)
             self._down.discard(id)
         self._failing.pop(id, None)
+        self._wrong.pop(id, None)
 
     def failure(self, id: int) -> BlockdevError | None:
-        """Why the last fetch of a blob failed; None if it did not. What came wrong stays wrong until the blob is
-        closed, and so does the word of it, whatever other parts do."""
+        """Why the last fetch of a blob failed; None if it did not."""
         return self._failing.get(id)
+
+    def complaint(self, id: int) -> BlockdevError | None:
+        """What there is to say of a blob: failure(), or what came wrong, which is said until the blob is closed,
+        whatever other parts do."""
+        return self._failing.get(id) or self._wrong.get(id)
 
     def blob_down(self, id: int) -> None:
         """The engine has given a blob's source up (BLOB_DOWN): probe it until it is well."""
@@ -171,8 +177,7 @@ class Pool:
             fetch.finish(errno.EIO)
         else:
             self._backoff.succeeded(source.host)
-            known = self._failing.get(fetch.blob_id)
-            if known and not isinstance(known, CorruptImage) and self._failing.pop(fetch.blob_id, None):
+            if self._failing.pop(fetch.blob_id, None) is not None:
                 log.info("source delivers again source=%s", source.name)
             fetch.finish()
 
@@ -198,11 +203,12 @@ class Pool:
 
     def _note_failure(self, fetch: Fetch, name: str, error: BlockdevError) -> None:
         """The first failure of a blob is news, the following ones are not."""
-        known = self._failing.get(fetch.blob_id)
-        if not isinstance(known, CorruptImage):
-            self._failing[fetch.blob_id] = copy.copy(error)  # without its frames, and their buffers
+        first = fetch.blob_id not in self._failing
+        self._failing[fetch.blob_id] = copy.copy(error)  # without its frames, and their buffers
+        if isinstance(error, CorruptImage):
+            self._wrong[fetch.blob_id] = copy.copy(error)
         log.log(
-            logging.DEBUG if known else logging.WARNING,
+            logging.WARNING if first else logging.DEBUG,
             "fetch failed source=%s offset=%d length=%d attempt=%d: %s",
             name,
             fetch.offset,
