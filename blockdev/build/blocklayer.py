@@ -2,10 +2,11 @@
 """One block layer of an image's disk: new content of files, then all metadata, then the disk's first block.
 
 A layer owns the disk's blocks from where the one below ends, and block 0 (docs/formats/erofs-image.md).
-Content that a lower layer or this one stores already is found by its sha256 and not stored
-again. Long zeros are not stored either. What is small is hashed where it will be written
-from; what is larger goes through a scratch file, and only if it may be a duplicate. So memory
-is bounded by a few pieces, and by about 150 bytes for each different content of a file.
+Content that a lower layer or this one stores already is found by its sha256, and where its
+holes are, and not stored again. Long zeros are not stored either. What is small is hashed where
+it will be written from; what is larger goes through a scratch file, and only if it may be a
+duplicate. So memory is bounded by a few pieces, and by about 150 bytes for each different
+content of a file.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Nowhere:
 
 
 class Contents:
-    """What the layers so far store, by sha256, and where it lies on the disk."""
+    """What the layers so far store, by what stands for it (_Hasher), and where it lies on the disk."""
 
     def __init__(self) -> None:
         self._blocks: dict[bytes, int] = {}
@@ -189,7 +190,7 @@ class BlockLayer:
 
 
 class _Hasher:
-    """The digest of a file's content; of one with holes, also of where they are: zeros can be terabytes."""
+    """What stands for a file's content: its digest; of one with holes, also where they are: zeros can be terabytes."""
 
     def __init__(self) -> None:
         self._content = hashlib.sha256()
@@ -215,7 +216,7 @@ class _Hasher:
             self._end = size
         if self._whole:
             return self._content.digest()
-        return hashlib.sha256(b"sparse" + self._content.digest() + self._gaps.digest()).digest()
+        return self._content.digest() + self._gaps.digest()  # twice as long: no content has a digest like this
 
     def _note_gap(self, end: int) -> None:
         self._whole = False

@@ -33,7 +33,7 @@ from formats import oci
 from formats.errors import FormatError
 from formats.lsmt import NULL_UUID, Head
 
-_GENERATION = 2  # of what comes out of a layer: another one, and layers of earlier runs are not taken for the same
+_GENERATION = 3  # of what comes out of a layer: another one, and layers of earlier runs are not taken for the same
 
 
 class Disk(Protocol):

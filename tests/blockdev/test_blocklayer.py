@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from struct import pack
 
 import pytest
 
@@ -122,6 +123,17 @@ def test_files_with_other_holes_are_other_files(tmp_path: Path) -> None:
     disk = _disk(built.blob)
     assert disk.read_at(built.blocks[1] * BLOCK_SIZE + 2 * PIECE, 1) == b"y"
     assert disk.read_at(built.blocks[0] * BLOCK_SIZE + PIECE, 1) == b"y"
+
+
+def test_no_content_passes_for_a_file_with_holes(tmp_path: Path) -> None:
+    """A small file of every text that could have been hashed to stand for the one with a hole."""
+    size, end = 2 * PIECE, 2 * PIECE - 1
+    content, gaps = hashlib.sha256(b"x").digest(), hashlib.sha256(pack("<QQ", 0, end)).digest()
+    texts = [content + gaps, b"sparse" + content + gaps]
+    built = _build(tmp_path, [(size, [(end, b"x")]), *((len(text), [(0, text)]) for text in texts)])
+    disk = _disk(built.blob)
+    for block, text in zip(built.blocks[1:], texts, strict=True):
+        assert disk.read_at(block * BLOCK_SIZE, len(text)) == text
 
 
 @pytest.mark.parametrize("wrapping", [Wrapping("lz4", 4096, tar=True), Wrapping("zstd", 65536, tar=True, digests=True)])
