@@ -78,6 +78,7 @@ class LayerFile:
         self._sent = 0  # bytes on their way to the disk
         self._late = late > 0
         self._buffers: deque[tuple[bytearray, int]] = deque()  # each with the task that must be over first
+        self._lent = 0  # the last task that reads from a buffer
         self._blocks = None
         self._wants_table = wrapping.digests
         self._digests: TableWriter | None = None
@@ -93,10 +94,14 @@ class LayerFile:
 
     def buffer(self) -> bytearray:
         """PIECE bytes to fill, and to write() from until the next call. Written parts stay as they are until then."""
-        if self._buffers:
-            self._buffers[-1] = (self._buffers[-1][0], self._blocks.submitted if self._blocks else 0)
+        lent = self._blocks.lent if self._blocks else 0
+        if self._buffers and lent == self._lent:
+            return self._buffers[-1][0]  # what was written from it was copied
+        if self._blocks and self._buffers:
+            self._lent = lent
+            self._buffers[-1] = (self._buffers[-1][0], lent)
             oldest, task = self._buffers[0]
-            if not self._blocks or task <= self._blocks.taken:
+            if task <= self._blocks.taken:
                 self._buffers.rotate(-1)
                 return oldest
         self._buffers.append((bytearray(PIECE), 0))
@@ -194,7 +199,8 @@ class _Blocks:
         self._options = options
         self._held: bytearray | None = bytearray() if hold else None
         self.reserved = zfile.stored_length_max(options.block_size) if hold else 0
-        self.submitted = self.taken = 0  # tasks
+        self._submitted = self.taken = 0  # tasks
+        self.lent = 0  # the last task that reads the caller's memory
         self._plain = bytearray()  # less than a piece
         self._plain_size = 0
         self._ahead = _AHEAD * jobs
@@ -224,6 +230,7 @@ class _Blocks:
                 content = content[short:]
                 yield from self._submit_plain()
             whole = len(content) // size * size
+            self.lent = self._submitted + 1
             yield from self._submit(content[:whole])
             content = content[whole:]
         self._plain += content
@@ -287,7 +294,7 @@ class _Blocks:
         if plain:
             compressor = self._idle.pop() if self._idle else self._compressor()
             self._under_way.append((compressor, self._pool.submit(compressor.compress, plain)))
-            self.submitted += 1
+            self._submitted += 1
         while len(self._under_way) > self._ahead:
             yield from self._take()
 

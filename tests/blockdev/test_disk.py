@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from blockdev.build.cutter import HOLE_MIN
 from blockdev.build.disk import LayerOptions, import_disk
-from blockdev.build.layerfile import BLOCK_SIZES, Wrapping
+from blockdev.build.layerfile import BLOCK_SIZES, PIECE, LayerFile, Wrapping
 from blockdev.engine import RunKind
 from blockdev.errors import NotFound, UsageError
 from formats import lsmt, tar, zfile
@@ -213,6 +213,17 @@ def test_a_huge_sparse_disk_takes_no_time_or_space(tmp_path: Path) -> None:
     with opened(out) as image:
         assert image.size == 5 << 40
         assert image.read_at((5 << 40) - 512, 3) == b"end"
+
+
+@pytest.mark.parametrize("written", [4096, 32 << 10, PIECE])
+def test_a_layer_holds_few_buffers_whatever_is_written_from_them(tmp_path: Path, written: int) -> None:
+    noise, buffers = random.Random(5).randbytes(written), []
+    with open(tmp_path / "layer", "w+b") as file, LayerFile(file.fileno(), Wrapping(), jobs=2) as layer:
+        for _ in range(100):
+            buffers.append(layer.buffer())
+            buffers[-1][:written] = noise
+            layer.write(memoryview(buffers[-1])[:written])
+    assert len({id(buffer) for buffer in buffers}) <= 6  # two tasks for each thread, one more, and who fills
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, 513, 4097])
