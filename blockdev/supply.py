@@ -30,7 +30,7 @@ from blockdev.registry.backoff import Backoff
 from blockdev.source import Source
 from blockdev.source.retrying import Retrying
 from blockdev.source.several import Several
-from blockdev.units import Checked
+from blockdev.units import Checked, Units
 from formats.digests import Place
 
 PATIENCE = 60.0  # seconds for a digest table that must come before anything else, under the policy `hang`
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class Into(Protocol):
-    """Who takes bytes of a blob that nobody asked for: the blob, or its units."""
+    """Who takes bytes of a blob that nobody asked for."""
 
     def store(self, offset: int, content: memoryview) -> int: ...
 
@@ -61,10 +61,10 @@ class _Spill:
     """What came unasked from one source: kept where that one is believed by all."""
 
     sources: Several[Word]
-    into: Into
+    into: Blob | Units
 
     def store(self, offset: int, content: memoryview) -> int:
-        return 0 if self.sources.mixed else self.into.store(offset, content)
+        return 0 if self.sources.mixed else self.into.offer(offset, content)
 
 
 class Supply:

@@ -103,7 +103,7 @@ class Units:
         if table is None:
             raise self._complain(_TABLE, self.place.offset, "digest table")
         self._wrong.pop(_TABLE, None)
-        self._store(table, start, end)
+        self._offer(table, start, end)
         return table
 
     def _parse(self, body: bytes) -> Table | None:
@@ -120,24 +120,24 @@ class Units:
 
     # ---- units ----
 
-    def store(self, offset: int, content: memoryview) -> int:
-        """As Blob.store(), for bytes that came unasked: what is no whole and right unit is not kept."""
-        return self._store(self._table, offset, content) if self._table else 0
+    def offer(self, offset: int, content: memoryview) -> int:
+        """As Blob.offer(), for bytes that came unasked: what is no whole and right unit is not kept."""
+        return self._offer(self._table, offset, content) if self._table else 0
 
-    def _store(self, table: Table, offset: int, content: memoryview) -> int:
+    def _offer(self, table: Table, offset: int, content: memoryview) -> int:
         stored = 0
         for unit in range(offset // UNIT, -(-(offset + len(content)) // UNIT)):
             start, length = table.span(unit)
             piece = content[max(0, start - offset) :][:length]
             if start >= offset and table.matches(unit, piece):
-                stored += self._blob.store(start, piece)
+                stored += self._blob.offer(start, piece)
             elif start >= offset and len(piece) == length:
                 self.wrong(unit)
         return stored
 
     def keep(self, unit: int, content: memoryview) -> None:
         """A unit that has been found right, and that the fetch it came with cannot hand over."""
-        self._blob.store(unit * UNIT, content)
+        self._blob.offer(unit * UNIT, content)
 
     def right(self, unit: int) -> None:
         """A unit came as it should."""

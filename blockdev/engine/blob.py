@@ -10,6 +10,7 @@ from blockdev.config import Policy
 from blockdev.engine.border import Handle, check, ffi, lib
 from blockdev.engine.compress import Codec
 from blockdev.engine.fetch import Priority
+from blockdev.errors import EngineError, SourceError
 
 POLICIES = {"eio": lib.OB_POLICY_EIO, "retry": lib.OB_POLICY_RETRY, "hang": lib.OB_POLICY_HANG}
 
@@ -92,6 +93,13 @@ class Blob(Handle):
     def store(self, offset: int, content: bytes | bytearray | memoryview) -> int:
         """Offer bytes that came another way; returns how many extents were taken."""
         return check(lib.ob_blob_store(self._handle, offset, ffi.from_buffer(content), len(content)))
+
+    def offer(self, offset: int, content: bytes | bytearray | memoryview) -> int:
+        """As store(), for bytes that can be had again: 0 where the cache cannot be written, which CACHE_WRITE tells."""
+        try:
+            return self.store(offset, content)
+        except (EngineError, SourceError):  # of the disk: EIO too
+            return 0
 
     def drop(self, offset: int, length: int) -> int:
         """Take whole extents of the range out of the cache; returns how many went."""
