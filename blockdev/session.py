@@ -27,6 +27,7 @@ from itertools import count
 
 from blockdev import control
 from blockdev.build.export import export_image
+from blockdev.build.sink import Sink
 from blockdev.config import parse_policy
 from blockdev.control import Body, Channel, Message
 from blockdev.device import Device, NbdTransport, State
@@ -275,11 +276,11 @@ class Session:
         return self._owner.fsck(Check(names, check), repair, self._progress()).to_json()
 
     def _export(self, message: Message) -> Body:
-        """Write the disk to the last descriptor, which the caller calls "output"."""
-        target, name = message.descriptor(-1), message.member("output", str)
+        """Write the disk to the last descriptor, which the caller calls "output" and finishes."""
+        sink = Sink(message.descriptor(-1), message.member("output", str), message.member("made", bool))
         with self._open(message) as stack:
             with self._owner.reading(stack.blobs, self._channel.gone):
-                export_image(stack.image, target, name, self._progress())
+                export_image(stack.image, sink, self._progress())
             return {"size": stack.image.size}
 
     def _disk(self, message: Message) -> Body:

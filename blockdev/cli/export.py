@@ -11,6 +11,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from blockdev.cli import add_image_options, stdio, text
 from blockdev.cli.ask import ask_owner
@@ -18,6 +19,9 @@ from blockdev.config import parse_path
 from blockdev.errors import UsageError, from_os
 from blockdev.origin import Origin, locate
 from blockdev.replacement import check_apart, replacing
+
+if TYPE_CHECKING:
+    from blockdev.build.sink import Sink
 
 STDOUT = "-"
 
@@ -30,48 +34,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the disk; of a local image without an owner."""
-    name = "stdout" if args.output == STDOUT else args.output
-    with locate(args.image) as origin, _output(args.output, origin) as fd:
+    with locate(args.image) as origin, _output(args.output, origin) as sink:
         show = text.progress("written")
         if origin.local:
-            size = _write(origin, fd, name, show)
+            size = _write(origin, sink, show)
         else:
-            answer = ask_owner(args, "export", origin, [fd], extra={"output": name}, show=show)
-            size = answer["size"]
+            extra = {"output": sink.name, "made": sink.made}
+            size = ask_owner(args, "export", origin, [sink.fd], extra=extra, show=show)["size"]
+        sink.finish()
     if args.json and args.output != STDOUT:
         text.print_json({"image": args.image, "output": args.output, "size": size})
 
 
-def _write(origin: Origin, fd: int, name: str, show: text.Show) -> int:
+def _write(origin: Origin, sink: Sink, show: text.Show) -> int:
     from blockdev.build.export import export_image
     from blockdev.engine import Engine
     from blockdev.stack import open_local
 
     with Engine() as engine, open_local(engine, origin) as stack:
-        export_image(stack.image, fd, name, show)
+        export_image(stack.image, sink, show)
         return stack.image.size
 
 
 @contextlib.contextmanager
-def _output(name: str, origin: Origin) -> Iterator[int]:
-    """A descriptor to write to; what is written to a regular file counts only if the block ends well."""
+def _output(name: str, origin: Origin) -> Iterator[Sink]:
+    """What -o names; what is written to a regular file counts only if the block ends well."""
+    from blockdev.build.sink import Sink
+
     if name == STDOUT:
         stdout = stdio.content_stream("stdout", "exporting")
         check_apart(stdout, origin.files)
-        yield stdout
+        yield Sink(stdout, "stdout", made=False)
         return
     path = parse_path(name)
     check_apart(path, origin.files)
     if path.is_dir():
         raise UsageError(f"exporting failed: {name}: it is a directory")
     try:
-        regular = stat.S_ISREG(path.stat().st_mode)
+        made = stat.S_ISREG(path.stat().st_mode)
     except FileNotFoundError:
-        regular = True
+        made = True
     except OSError as error:
         raise from_os("exporting failed", error, name) from None
-    with replacing(path) if regular else _device(name) as fd:
-        yield fd
+    with replacing(path) if made else _device(name) as fd:
+        yield Sink(fd, name, made)
 
 
 @contextlib.contextmanager

@@ -119,7 +119,7 @@ def control(random: Random, size: int, descriptors: int) -> bytes:
             credentials = {"files": [], "required": False, "environment": {}}
             access = {"plain_http": True, "ca": "", "credentials": credentials}
             body |= {"image": _image(random, size), "policy": "eio:1s", "export": "", "where": "w", "complete": True}
-            body |= {"output": "o"}
+            body |= {"output": "o", "made": random.choice((False, True))}
             body |= {"how": "h", "access": random.choice((None, access)), "digest": "sha256:" + "0" * 64}
             body |= {"names": [], "digests": True, "repair": False}
         for key in random.sample(_KEYS, random.choice((0, 0, 1, len(_KEYS)))):

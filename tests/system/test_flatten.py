@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from blockdev.build.export import export_image
+from blockdev.build.sink import Sink
 from blockdev.engine import RunKind
 from formats import imagespec
 from tests import fixtures
@@ -45,9 +46,7 @@ def test_a_fixture_flattens_to_the_listed_digest(row: fixtures.Row) -> None:
 def test_an_exported_file_is_the_disk_and_sparse(tmp_path: Path) -> None:
     out = tmp_path / "disk"
     with opened(fixtures.folder() / "01-raw-lsmt/basic.lsmt") as image, open(out, "w+b") as file:
-        file.write(b"x" * 100)
-        file.flush()
-        export_image(image, file.fileno(), "raw")
+        export_image(image, Sink(file.fileno(), "raw", made=True))
         expected = sha256(image)
     assert hashlib.sha256(out.read_bytes()).hexdigest() == expected
     assert out.stat().st_blocks * 512 < 1 << 20 < out.stat().st_size
@@ -59,7 +58,7 @@ def test_an_export_into_a_pipe_has_every_byte() -> None:
         reader, writer = os.pipe()
         with open(reader, "rb") as pipe, ThreadPoolExecutor(1) as pool:
             received = pool.submit(pipe.read)
-            export_image(image, writer, "pipe", lambda done, total: seen.append((done, total)))
+            export_image(image, Sink(writer, "pipe", made=False), lambda done, total: seen.append((done, total)))
             os.close(writer)
             assert hashlib.sha256(received.result()).hexdigest() == sha256(image)
         assert seen[-1] == (image.size, image.size)
@@ -78,7 +77,7 @@ def test_the_4_tib_fixture_has_its_sectors_and_holes_where_it_should() -> None:
 def test_a_4_tib_disk_exports_as_a_sparse_file(tmp_path: Path) -> None:
     out = tmp_path / "disk"
     with opened(fixtures.DATA / "huge-4t.lsmt") as image, open(out, "w+b") as file:
-        export_image(image, file.fileno(), "raw")
+        export_image(image, Sink(file.fileno(), "raw", made=True))
         for offset in (0, 2 * TIB, 3 * TIB + 4096, 4 * TIB - 512):
             assert os.pread(file.fileno(), 512, offset) == image.read_at(offset, 512)
     assert out.stat().st_size == 4 * TIB

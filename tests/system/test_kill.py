@@ -100,7 +100,7 @@ def _export(owner: client.Connection, config: Path, out: Path) -> None:
     with locate(str(config)) as origin, open(out, "wb") as file:
         image, fds = origin.to_wire()
         access = {"plain_http": False, "ca": "", "credentials": Provider().to_json()}
-        body = {"image": image, "policy": "eio:30s", "access": access, "output": str(out)}
+        body = {"image": image, "policy": "eio:30s", "access": access, "output": str(out), "made": True}
         owner.call("export", body, [*fds, file.fileno()], timeout=COMMAND_WAIT)
 
 
