@@ -13,6 +13,7 @@ Read = Callable[[int], bytes]  # the next bytes, at most so many; nothing at the
 
 PIECE = 1 << 20  # bytes asked for at a time
 DEPTH = 8 << 20  # bytes read and not yet taken
+LEAVE_SECONDS = 2.0  # for a step of a thread's that is under way when all is over; a stuck registry is left behind
 
 
 class Ahead:
@@ -43,11 +44,11 @@ class Ahead:
         return self._piece[start : self._at]
 
     def close(self) -> None:
-        """Return when the thread has ended. Idempotent."""
+        """Let the thread end, which it does at its next piece; one whose read takes too long is left. Idempotent."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(LEAVE_SECONDS)
 
     def __enter__(self) -> Self:
         return self

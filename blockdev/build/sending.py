@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import BinaryIO, Self
 
+from blockdev.build.ahead import LEAVE_SECONDS
 from blockdev.build.depot import Blob, Depot, Read
 from blockdev.build.sourceimage import Archived, SourceImage
 from blockdev.build.workshop import Made, Workshop, Written
 from blockdev.staging import digest_of
 from formats import oci
-
-LEAVE_SECONDS = 2.0  # for a step of sending that is under way when all is over; a stuck registry is left behind
 
 Progress = Callable[[str, int, int], None]  # "converted" or "pushed", bytes, bytes in all
 

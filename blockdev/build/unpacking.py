@@ -19,6 +19,10 @@ from formats.errors import FormatError
 _REST = 1 << 20  # bytes read at a time of what follows an archive's end
 
 
+class _Closed(Exception):
+    """Nobody wants the archive any more."""
+
+
 class Unpacking:
     """Begins at once. read() for one thread; finish() once the archive's end was read; close() in any case."""
 
@@ -29,6 +33,7 @@ class Unpacking:
         self._layer = layer
         self._counting = counting
         self._checksum = hashlib.new(oci.parse_digest(layer.diff_id)[0])
+        self._closed = False
         self._ahead = Ahead(self._opened, "unpack")
 
     def read(self, length: int) -> bytes:
@@ -47,7 +52,8 @@ class Unpacking:
             raise CorruptImage(f"converting a layer failed: {self.name}: {why}")
 
     def close(self) -> None:
-        """Idempotent."""
+        """No more is read of the blob. Idempotent."""
+        self._closed = True
         self._ahead.close()
 
     def __enter__(self) -> Self:
@@ -59,7 +65,7 @@ class Unpacking:
     @contextmanager
     def _opened(self) -> Iterator[Read]:
         with self._source.opened(self._layer.blob) as blob:
-            read = self._counting(blob)
+            read = self._counting(self._while_open(blob))
             unpacked = plain(read)
 
             def read_hashed(length: int) -> bytes:
@@ -70,3 +76,12 @@ class Unpacking:
             yield read_hashed
             while read(_REST):  # what is behind the compressed archive is the blob's, too
                 pass
+
+    def _while_open(self, blob: Read) -> Read:
+        def read(length: int) -> bytes:
+            piece = b"" if self._closed else blob(length)
+            if self._closed:
+                raise _Closed
+            return piece
+
+        return read

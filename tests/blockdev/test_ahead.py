@@ -75,3 +75,20 @@ def test_closing_ends_the_thread_and_leaves_the_stream() -> None:
     ahead = Ahead(opened, "test")
     ahead.close()
     assert left.is_set()
+
+
+def test_closing_leaves_a_read_that_does_not_return() -> None:
+    answer = threading.Event()
+
+    def read(length: int) -> bytes:
+        answer.wait()
+        return b""
+
+    ahead = Ahead(_opened(read), "test")
+    closing = threading.Thread(target=ahead.close)
+    closing.start()
+    try:
+        assert until(lambda: not closing.is_alive())
+    finally:
+        answer.set()
+        closing.join()
