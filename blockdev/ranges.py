@@ -17,9 +17,8 @@ def write_at(fd: int, content: bytes | memoryview, offset: int) -> int:
     return done
 
 
-def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Start and end of each run of data in the first `size` bytes of a regular file; the rest is holes. OSError."""
-    at = 0
+def data_ranges(fd: int, size: int, at: int = 0) -> Iterator[tuple[int, int]]:
+    """Start and end of each run of data in a regular file, from `at` to `size`; the rest is holes. OSError."""
     while at < size:
         try:
             start = os.lseek(fd, at, os.SEEK_DATA)

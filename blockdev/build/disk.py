@@ -54,14 +54,14 @@ class Imported:
 def import_disk(
     fd: int, name: str, out: Path, options: LayerOptions | None = None, progress: Progress | None = None
 ) -> Imported:
-    """Make a layer at `out` of the raw disk that fd reads and messages call `name`.
+    """Make a layer at `out` of the raw disk that fd reads from where it stands, to its end, and messages call `name`.
 
     UsageError if the disk is not whole sectors or cannot be a layer, or an option is bad.
     """
     options = options or LayerOptions()
     head = _head(options)
-    mode = os.fstat(fd).st_mode
-    size = os.lseek(fd, 0, os.SEEK_END) if stat.S_ISREG(mode) or stat.S_ISBLK(mode) else -1
+    file = _File.of(fd, name)
+    size = file.size if file else -1
     if size >= 0:
         _check_size(name, size)
     with replacing(out) as target:
@@ -69,7 +69,7 @@ def import_disk(
             with LayerFile(target, options.wrapping, options.jobs, HEAD_SIZE if size < 0 else 0) as layer:
                 writer = CommitWriter(layer.write, replace(head, virtual_size=max(0, size)))
                 cutter = Cutter(writer, layer, mask=head.parent_uuid != NULL_UUID)
-                fed = _feed_stream(fd, layer, cutter) if size < 0 else _feed(fd, name, size, layer, cutter)
+                fed = _feed(file, layer, cutter) if file else _feed_stream(fd, layer, cutter)
                 for done in fed:
                     (progress or _silent)(done, max(0, size))
                 cutter.finish()
@@ -84,6 +84,47 @@ def import_disk(
             raise UsageError(f"import disk: {name}: {error.what}") from error
         except OSError as error:
             raise from_os("import disk", error, f"{name} to {out}") from error
+
+
+@dataclass(frozen=True)
+class _File:
+    """A disk in a file or block device, from where its descriptor stood to its end. Offsets are the disk's."""
+
+    fd: int
+    name: str
+    first: int
+    size: int
+    tells_holes: bool
+
+    @classmethod
+    def of(cls, fd: int, name: str) -> _File | None:
+        """None: it is a stream."""
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            return None
+        first = os.lseek(fd, 0, os.SEEK_CUR)
+        return cls(fd, name, first, max(0, os.lseek(fd, 0, os.SEEK_END) - first), stat.S_ISREG(mode))
+
+    def data_ranges(self) -> Iterator[tuple[int, int]]:
+        """Where there may be anything but zeros, on GRAIN borders; all of it if it cannot tell holes."""
+        if not self.tells_holes:
+            yield 0, self.size
+            return
+        at = 0
+        for begin, end in data_ranges(self.fd, self.first + self.size, self.first):
+            start = max(at, (begin - self.first) // GRAIN * GRAIN)
+            at = min(-(-(end - self.first) // GRAIN) * GRAIN, self.size)
+            if start < at:
+                yield start, at
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer."""
+        done = 0
+        while done < len(buffer):
+            got = os.preadv(self.fd, [buffer[done:]], self.first + offset + done)
+            if not got:
+                raise EngineError(f"import disk: {self.name}: it ends at {offset + done} while it is read")
+            done += got
 
 
 def _check_size(name: str, size: int) -> None:
@@ -106,19 +147,19 @@ def _head(options: LayerOptions) -> Head:
     return head
 
 
-def _feed(fd: int, name: str, size: int, layer: LayerFile, cutter: Cutter) -> Iterator[int]:
+def _feed(file: _File, layer: LayerFile, cutter: Cutter) -> Iterator[int]:
     """Give the whole disk to the cutter; yields how far it is."""
     at = 0
-    for start, end in _data_ranges(fd, size):
+    for start, end in file.data_ranges():
         cutter.skip(start - at)
         at = start
         while at < end:
             buffer, length = layer.buffer(), min(PIECE, end - at)
-            _read(fd, name, at, memoryview(buffer)[:length])
+            file.read(at, memoryview(buffer)[:length])
             cutter.add(buffer, length)
             at += length
             yield at
-    cutter.skip(size - at)
+    cutter.skip(file.size - at)
 
 
 def _feed_stream(fd: int, layer: LayerFile, cutter: Cutter) -> Iterator[int]:
@@ -132,28 +173,6 @@ def _feed_stream(fd: int, layer: LayerFile, cutter: Cutter) -> Iterator[int]:
         cutter.add(buffer, length)
         at += length
         yield at
-
-
-def _data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where a file may hold anything but zeros, on GRAIN borders; all of it if it cannot tell holes."""
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        yield 0, size
-        return
-    at = 0
-    for first, end in data_ranges(fd, size):
-        start = max(at, first // GRAIN * GRAIN)
-        at = min(-(-end // GRAIN) * GRAIN, size)
-        if start < at:
-            yield start, at
-
-
-def _read(fd: int, name: str, offset: int, buffer: memoryview) -> None:
-    done = 0
-    while done < len(buffer):
-        got = os.preadv(fd, [buffer[done:]], offset + done)
-        if not got:
-            raise EngineError(f"import disk: {name}: it ends at {offset + done} while it is read")
-        done += got
 
 
 def _silent(done: int, total: int) -> None:

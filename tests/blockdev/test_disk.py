@@ -183,6 +183,22 @@ def test_a_stream_of_any_shape_gives_the_same_layer(tmp_path: Path, disk: bytes,
     assert _import_stream(disk, tmp_path / "second", options) == _import(disk, tmp_path / "first", options)
 
 
+@pytest.mark.parametrize("first", [1, 512, 4096, 700_000])
+def test_a_disk_begins_where_its_descriptor_stands(tmp_path: Path, disk: bytes, first: int) -> None:
+    raw = tmp_path / "before"
+    with open(raw, "w+b") as file:
+        file.write(b"x" * first)
+        for at in range(0, len(disk), GRAIN):  # with holes
+            grain = disk[at : at + GRAIN]
+            file.seek(first + at)
+            file.write(grain) if any(grain) else None
+        file.truncate(first + len(disk))
+        file.seek(first)
+        made = import_disk(file.fileno(), "raw", tmp_path / "second", LayerOptions(NONE))
+    assert made.disk_size == len(disk)
+    assert (tmp_path / "second").read_bytes() == _import(disk, tmp_path / "first", LayerOptions(NONE))
+
+
 @pytest.mark.parametrize("size", [0, 1, 511, 4097, (1 << 20) + 1])
 def test_a_stream_that_is_no_whole_number_of_sectors_is_refused(tmp_path: Path, size: int) -> None:
     with pytest.raises(UsageError, match=f"{size} bytes"):
