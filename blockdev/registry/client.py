@@ -208,10 +208,10 @@ class Client:
         except LeftAlone:
             raise
         except SourceError:
-            self._ways.pop(key, None)
+            self._forget(key)
             raise
         if status != 206:
-            self._ways.pop(key, None)
+            self._forget(key)
         return status
 
     def _from_target(self, task: Task, part: Part, request: Request) -> Reply | None:
@@ -223,15 +223,19 @@ class Client:
         try:
             reply = self._exchange.send(task, Request(request.method, way.url, request.headers))
         except SourceError:
-            self._ways.pop(key, None)
+            self._forget(key)
             raise
         if reply.status in (200, 206):
             return reply
-        self._ways.pop(key, None)
+        self._forget(key)
         if reply.status in _STALE:
             reply.close()
             return None
         return reply
+
+    def _forget(self, key: tuple[str, str]) -> None:
+        with self._lock:  # which _remember() holds while it walks through them
+            self._ways.pop(key, None)
 
     def _remember(self, part: Part, url: str) -> None:
         home = origin(url) == origin(self._base)
@@ -396,7 +400,6 @@ def _body(reply: Reply, part: Part, task: Task) -> Body:
     match = _CONTENT_RANGE.fullmatch(said)
     if not match or (int(match[1]), int(match[2])) != (part.offset, part.offset + part.length - 1):
         wanted = f"bytes {part.offset}-{part.offset + part.length - 1}"
-        raise SourceError(
-            f"{task.failed}: asked for {wanted}, {origin(reply.url)} sends {said[:60] or 'an unnamed part'}"
-        )
+        sent = said if match else "an unnamed part"  # what is no range may be anything: a login that came back
+        raise SourceError(f"{task.failed}: asked for {wanted}, {origin(reply.url)} sends {sent}")
     return Body(reply, None if match[3] == "*" else int(match[3]), whole=False)

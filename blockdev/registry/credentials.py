@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from blockdev.control import member
-from blockdev.errors import AccessDenied, UsageError
+from blockdev.errors import AccessDenied, BlockdevError, SourceError, UsageError, shortage
 
 AUTH_FILE_VARIABLE = "REGISTRY_AUTH_FILE"
 DOCKER_CONFIG_VARIABLE = "DOCKER_CONFIG"
@@ -90,8 +90,9 @@ class Provider:
     def find(self, registry: str, repository: str) -> Iterator[Credential]:
         """Credentials for a repository, best first: the host's helper, the store, then stored logins.
 
-        Looks anew at every call, and only as far as the caller iterates. AccessDenied if a file
-        cannot be used or a helper fails: going on without would be somebody else's login, or none.
+        Looks anew at every call, and only as far as the caller iterates. AccessDenied if a file or a
+        helper cannot be used: going on without would be somebody else's login, or none. SourceError if
+        a helper fails: what it asks for us may be back soon, so readers wait as their policy says.
         """
         for path in self.files:
             config = _read(path, required=self.required)
@@ -124,16 +125,22 @@ class Provider:
         try:
             status, output = _run([found, "get"], server.encode(), dict(self.environment))
         except TimeoutError:
-            raise AccessDenied(f"{failed}: no answer within {HELPER_SECONDS:g} s") from None
+            raise SourceError(f"{failed}: no answer within {HELPER_SECONDS:g} s") from None
         except OSError as error:
-            raise AccessDenied(f"{failed}: {error.strerror}") from None
+            raise _refusal(failed, error) from None
         if len(output) > HELPER_OUTPUT_MAX:
             raise AccessDenied(f"{failed}: its answer has more than {HELPER_OUTPUT_MAX} bytes")
         if status != 0:
             if output.strip().decode(errors="replace") == _NOT_FOUND:
                 return None
-            raise AccessDenied(f"{failed}: it ended with status {status}")
+            raise SourceError(f"{failed}: it ended with status {status}")
         return _answer(output, failed)
+
+
+def _refusal(failed: str, error: OSError) -> BlockdevError:
+    """A system call's failure: what this machine is short of now, it may have again."""
+    kind = SourceError if shortage(error) else AccessDenied
+    return kind(f"{failed}: {error.strerror}")
 
 
 def _run(command: list[str], told: bytes, environment: dict[str, str]) -> tuple[int, bytes]:
@@ -205,7 +212,7 @@ def _read(path: str, *, required: bool) -> dict[str, Any]:
             raise AccessDenied(f"{failed}: no such file") from None
         return {}
     except OSError as error:
-        raise AccessDenied(f"{failed}: {error.strerror}") from None
+        raise _refusal(failed, error) from None
     if len(content) > FILE_SIZE_MAX:
         raise AccessDenied(f"{failed}: larger than {FILE_SIZE_MAX} bytes")
     config = None

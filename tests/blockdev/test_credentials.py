@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import select
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdev.errors import AccessDenied
+from blockdev.errors import AccessDenied, BlockdevError, SourceError
 from blockdev.registry import credentials
 from blockdev.registry.credentials import Credential, Provider
 
@@ -43,10 +44,11 @@ def users(provider: Provider, registry: str, repository: str = "app") -> list[st
     return [found.username for found in provider.find(registry, repository)]
 
 
-def denied(provider: Provider, registry: str = "a.example") -> str:
+def denied(provider: Provider, kind: type[BlockdevError] = AccessDenied) -> str:
     """The message of a failed look-up; it names what was looked at and shows no secret."""
-    with pytest.raises(AccessDenied) as caught:
-        list(provider.find(registry, "app"))
+    with pytest.raises(kind) as caught:
+        list(provider.find("a.example", "app"))
+    assert type(caught.value) is kind
     assert SECRET not in str(caught.value)
     assert " failed: " in str(caught.value)
     return str(caught.value)
@@ -188,7 +190,6 @@ def test_a_helper_runs_in_the_callers_environment(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "why"),
     [
-        (f"echo {SECRET}; echo {SECRET} >&2; exit 3", "status 3"),
         (f"echo {SECRET}", "not a JSON object"),
         (f'echo \'{{"Username": "{SECRET}"}}\'', "lacks Username or Secret"),
         (r"""echo '{"Username": "\ud800", "Secret": "x"}'""", "lacks Username or Secret"),
@@ -196,18 +197,45 @@ def test_a_helper_runs_in_the_callers_environment(folder: Path) -> None:
         ("exec cat /dev/zero", "more than 65536 bytes"),
     ],
 )
-def test_a_helper_that_fails_is_named_and_its_words_are_not_repeated(folder: Path, script: str, why: str) -> None:
+def test_a_helper_that_answers_wrongly_is_named_and_its_words_are_not_repeated(folder: Path, script: str, why: str) -> None:
     helper(folder, "bad", script)
     message = denied(write(folder, {"credsStore": "bad"}))
     assert "docker-credential-bad" in message
     assert why in message
 
 
+def test_a_helper_that_fails_may_work_again(folder: Path) -> None:
+    """What it asks for us may be down for a while: readers wait as their policy says."""
+    helper(folder, "bad", f"echo {SECRET}; echo {SECRET} >&2; exit 3")
+    message = denied(write(folder, {"credsStore": "bad"}), SourceError)
+    assert "docker-credential-bad" in message
+    assert "status 3" in message
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.EMFILE, SourceError), (errno.ENOMEM, SourceError), (errno.EACCES, AccessDenied)]
+)
+def test_what_this_machine_is_short_of_now_denies_nobody(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[BlockdevError]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    provider = write(folder, {"auths": {"a.example": packed("ann")}})
+    with monkeypatch.context() as patched:
+        patched.setattr("builtins.open", fail)
+        assert os.strerror(number) in denied(provider, kind)
+    helper(folder, "good", "exit 0")
+    provider = write(folder, {"credsStore": "good"})
+    monkeypatch.setattr(credentials.subprocess, "Popen", fail)
+    assert os.strerror(number) in denied(provider, kind)
+
+
 def test_a_helper_that_hangs_is_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(credentials, "HELPER_SECONDS", 0.2)
     helper(folder, "slow", "exec sleep 60")
     begin = time.monotonic()
-    assert "no answer within 0.2 s" in denied(write(folder, {"credsStore": "slow"}))
+    assert "no answer within 0.2 s" in denied(write(folder, {"credsStore": "slow"}), SourceError)
     assert time.monotonic() - begin < 5
 
 
@@ -216,7 +244,7 @@ def test_what_a_helper_that_hangs_has_started_is_ended_with_it(folder: Path, mon
     os.mkfifo(folder / "life")
     life = os.open(folder / "life", os.O_RDONLY | os.O_NONBLOCK)
     helper(folder, "slow", f"exec 3> {folder}/life; sleep 60 &")
-    assert "no answer within 0.5 s" in denied(write(folder, {"credsStore": "slow"}))
+    assert "no answer within 0.5 s" in denied(write(folder, {"credsStore": "slow"}), SourceError)
     ended = select.poll()
     ended.register(life, 0)  # its end is always told
     assert ended.poll(20_000)

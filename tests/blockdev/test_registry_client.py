@@ -272,6 +272,27 @@ def test_an_answer_that_is_not_the_range_is_an_error(answer: Answer) -> None:
         read(Client(server.host, NOBODY), 0, 10)
 
 
+def test_where_blobs_are_is_learned_and_forgotten_by_many_at_once() -> None:
+    """60 blobs, whose ways end and are found again, as with URLs that expire."""
+    client = Client("a.example", NOBODY)
+    parts = [Part("app", f"sha256:{number:064x}", 0, 1) for number in range(60)]
+    over = threading.Event()
+
+    def forget() -> None:
+        while not over.is_set():
+            for part in parts:
+                client._forget((part.repository, part.digest))
+
+    forgetting = threading.Thread(target=forget)
+    forgetting.start()
+    try:
+        for part in parts * 200:
+            client._remember(part, "https://store.example/blob")
+    finally:
+        over.set()
+        forgetting.join()
+
+
 def test_a_body_that_ends_early_is_an_error() -> None:
     answer = Answer(206, {"Content-Range": "bytes 0-9/100"}, b"0123456789", cut=5)
     with HttpServer(lambda seen: answer) as server, pytest.raises(SourceError, match="ended early"):

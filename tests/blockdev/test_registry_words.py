@@ -15,7 +15,7 @@ from blockdev.origin import Part
 from blockdev.registry.client import Client
 from blockdev.remote import _split_url
 from tests.fakes.http_server import Answer, HttpServer, Seen
-from tests.small_image import CONTENT, DIGEST, NOBODY, SECRET, assert_one_sentence, provider
+from tests.small_image import CONTENT, DIGEST, NOBODY, SECRET, assert_one_sentence, provider, read
 
 BAD_URLS = ["http://[::1", "http://[x]/", "http://127.0.0.1:99999/", "http://a..b/"]
 
@@ -93,6 +93,18 @@ def test_a_registry_that_repeats_a_login_is_not_quoted(code: str, tmp_path: Path
     with HttpServer(answer) as server, pytest.raises(SourceError) as caught:
         Client(server.host, provider(tmp_path, server.host)).manifest("app", "v1")
     assert_one_sentence(caught.value, "answered 418 (DENIED)" if code == "DENIED" else "answered 418")
+
+
+def test_a_registry_that_calls_a_login_a_range_is_not_quoted(tmp_path: Path) -> None:
+    def answer(seen: Seen) -> Answer:
+        login = seen.headers.get("authorization")
+        if login is None:
+            return Answer(401, {"WWW-Authenticate": 'Basic realm="x"'})
+        return Answer(206, {"Content-Range": login}, b"0123456789")
+
+    with HttpServer(answer) as server, pytest.raises(SourceError) as caught:
+        read(Client(server.host, provider(tmp_path, server.host)), 0, 10)
+    assert_one_sentence(caught.value, "sends an unnamed part")
 
 
 @pytest.mark.parametrize("more", [{}, {"identitytoken": SECRET}])
