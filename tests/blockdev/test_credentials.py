@@ -197,7 +197,7 @@ def test_a_helper_runs_in_the_callers_environment(folder: Path) -> None:
         ("exec cat /dev/zero", "more than 65536 bytes"),
     ],
 )
-def test_a_helper_that_answers_wrongly_is_named_and_its_words_are_not_repeated(folder: Path, script: str, why: str) -> None:
+def test_a_helper_that_answers_wrongly_is_named_and_not_quoted(folder: Path, script: str, why: str) -> None:
     helper(folder, "bad", script)
     message = denied(write(folder, {"credsStore": "bad"}))
     assert "docker-credential-bad" in message
