@@ -12,7 +12,6 @@ from blockdev.build.depot import Blob, Read
 from blockdev.build.layout import Layout
 from blockdev.build.sourceimage import Archived
 from blockdev.build.unpacking import Unpacking
-from blockdev.errors import SourceError
 from formats import oci
 
 ARCHIVE = b"x" * (4 * DEPTH)
@@ -52,10 +51,8 @@ def test_all_of_the_blob_is_read(source: Layout) -> None:
     assert counter.bytes == len(ARCHIVE)
 
 
-@pytest.mark.parametrize("error", [SourceError("pushing a blob failed"), KeyboardInterrupt()])
-def test_nothing_is_read_of_a_blob_that_nobody_wants_any_more(source: Layout, error: BaseException) -> None:
+def test_nothing_is_read_of_a_blob_that_nobody_wants_any_more(source: Layout) -> None:
     counter = Counter()
-    with pytest.raises(type(error)), Unpacking(source, LAYER, counter.counting) as archive:
+    with Unpacking(source, LAYER, counter.counting) as archive:
         archive.read(1)
-        raise error
     assert counter.bytes < 2 * DEPTH
