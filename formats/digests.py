@@ -181,7 +181,8 @@ def find(r: ReadAt) -> Table | None:
     if covered + BLOCK + length > r.size or r.read_at(covered, BLOCK) != tar.member_head(MEMBER, length):
         return None
     table = Table.parse(r.read_at(covered + BLOCK, length))
-    if table.covered != covered or r.read_at(covered, r.size - covered) != table.tail:
+    as_said = (table.covered, table.blob_size) == (covered, r.size)
+    if not as_said or r.read_at(covered, len(table.tail)) != table.tail:
         raise FormatError("the tar does not end as its digest table says", covered)
     return table
 

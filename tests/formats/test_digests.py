@@ -110,6 +110,24 @@ def test_a_layers_table_is_found_and_nothing_else_is_taken_for_one() -> None:
             digests.find(BytesAt(wrong))
 
 
+class Followed:
+    """A blob, and zeros for ever after it."""
+
+    size = 1 << 45
+
+    def __init__(self, blob: bytes) -> None:
+        self._blob = blob
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        return self._blob[offset : offset + length].ljust(length, b"\0")
+
+
+def test_what_follows_a_table_is_not_read_to_be_refused() -> None:
+    blob, _ = tabled(random.Random(3).randbytes(UNIT + 99))
+    with pytest.raises(FormatError, match="does not end"):
+        digests.find(Followed(blob))
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_any_changed_byte_of_the_blob_is_noticed(size: int) -> None:
     content = covered(size)
