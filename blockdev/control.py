@@ -85,7 +85,8 @@ class Channel:
         self._hung_up = False
 
     def send(self, body: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
-        """Send one object; descriptors stay open here. Raises OSError if the peer has gone."""
+        """Send one object; descriptors stay open here. OSError: the peer has gone; EngineError: too long, nothing is
+        sent."""
         if len(descriptors) > DESCRIPTORS_MAX:
             raise DeviceError(f"sending to the owner failed: {len(descriptors)} descriptors: at most {DESCRIPTORS_MAX}")
         whole = {"v": VERSION, **body}

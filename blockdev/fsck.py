@@ -20,6 +20,7 @@ from blockdev import entryfiles
 from blockdev.cache import Cache, Entry
 from blockdev.catalog import Catalog, Place
 from blockdev.config import Policy
+from blockdev.engine import EXTENT_SIZE
 from blockdev.entryfiles import Found
 from blockdev.errors import BlockdevError, CorruptImage, NotFound, UsageError
 from blockdev.layer import NamedBlob
@@ -262,7 +263,9 @@ class Fsck:
 
 def _drop(entry: Entry, bad: Finding) -> None:
     if not bad.whole:
-        entry.drop_rotten(bad.offset, bad.length)
+        end = bad.offset + bad.length
+        for offset in range(bad.offset, end, EXTENT_SIZE):
+            entry.drop_rotten(offset, min(EXTENT_SIZE, end - offset))
         return
     with contextlib.suppress(CorruptImage):  # it empties the entry
         entry.verify()

@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blockdev import entryfiles
@@ -26,13 +26,15 @@ from formats.presence import EXTENT_SIZE, TABLE_OFFSET
 _ENTRY = 4  # bytes of a table entry
 _PIECE = 64  # extents looked at together: 4 MiB
 _ONES = 0xFFFFFFFF
+_UNREAD = "it cannot be read"
+_OTHER = "its CRC32C is not what the map says"
 
 Progress = Callable[[int], None]  # bytes looked at since the last call
 
 
 @dataclass(frozen=True)
 class Bad:
-    """A part of a blob that is not what it was. whole: all of it, since no extent alone is to blame."""
+    """A part of a blob that is not what it was: extents in a row. whole: all of it, since none alone is to blame."""
 
     digest: str
     offset: int
@@ -49,9 +51,10 @@ def scan(blobs: Path, found: Found, progress: Progress, *, hashed: bool) -> list
             data = undo.enter_context(open(open_own(path), "rb", buffering=0)).fileno()
             table = undo.enter_context(open(open_own(entryfiles.map_of(path)), "rb", buffering=0)).fileno()
             whole = hashlib.new(found.digest.partition(":")[0]) if hashed else None
-            bad = []
+            bad: list[Bad] = []
             for first, present, piece in _pieces(data, table, found.size, progress):
-                bad += [Bad(found.digest, *place) for place in _bad_extents(data, table, first, present, piece)]
+                for offset, length, why in _bad_extents(data, table, first, present, piece):
+                    _add(bad, Bad(found.digest, offset, length, why))
                 if whole:
                     whole.update(piece)
     except FileNotFoundError:  # pruned meanwhile
@@ -107,9 +110,16 @@ def _bad_extents(
         content = piece[number * EXTENT_SIZE : (number + 1) * EXTENT_SIZE]
         offset = (first + number) * EXTENT_SIZE
         if entry and _checksum(content) != entry and is_bad(data_fd, map_fd, offset, len(content)):
-            now = _content(data_fd, len(content), offset)
-            what = "it cannot be read" if now is None else f"its CRC32C is {_checksum(now):08x}"
-            yield offset, len(content), f"{what}, the map says {entry:08x}"
+            yield offset, len(content), _UNREAD if _content(data_fd, len(content), offset) is None else _OTHER
+
+
+def _add(bad: list[Bad], one: Bad) -> None:
+    """To the last one, if it is the same that is bad right behind it: a power cut takes extents by the thousand."""
+    last = bad[-1] if bad else None
+    if last and last.offset + last.length == one.offset and last.why == one.why:
+        bad[-1] = replace(last, length=last.length + one.length)
+    else:
+        bad.append(one)
 
 
 def _read_each(data_fd: int, piece: memoryview, start: int) -> None:

@@ -94,7 +94,7 @@ class Session:
         try:
             while message := self._channel.receive():
                 try:
-                    self._channel.send(self._answer(message))
+                    self._reply(self._answer(message))
                 finally:
                     message.close()
         except ConnectionError:
@@ -105,6 +105,13 @@ class Session:
         finally:
             self._channel.close()
             self._ended(self)
+
+    def _reply(self, answer: Body) -> None:
+        try:
+            self._channel.send(answer)
+        except EngineError as error:  # it is longer than a line can be
+            log.error("answer not sent: %s", error)
+            self._channel.send(control.error_body(error))
 
     def _answer(self, message: Message) -> Body:
         op = str(message.body.get("op"))[:_ECHO]

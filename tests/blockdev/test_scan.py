@@ -77,17 +77,23 @@ def test_a_file_that_ends_early_is_bad_from_there(filling: Filling, path: Path) 
     with open(path, "r+b") as file:
         file.truncate(3 * EXTENT + 5)
     bad = scan(filling.blobs, found, lambda count: None, hashed=False)
-    assert [one.offset // EXTENT for one in bad] == [3, 4, 5, 6]
+    assert [(one.offset, one.length) for one in bad] == [(3 * EXTENT, len(CONTENT) - 3 * EXTENT)]
 
 
-def test_what_the_disk_does_not_give_is_bad_by_extents(filling: Filling, path: Path) -> None:
+def test_what_the_disk_does_not_give_is_bad(filling: Filling, path: Path) -> None:
     """Where a process has no memory, its mem says EIO, as a disk says of a bad sector."""
     found = entryfiles.look(filling.blobs, DIGEST)
     path.unlink()
     path.symlink_to("/proc/self/mem")
     bad = scan(filling.blobs, found, lambda count: None, hashed=True)
-    assert [one.offset // EXTENT for one in bad] == [0, 1, 2, 3, 4, 5, 6]
-    assert all("cannot be read" in one.why for one in bad)
+    assert bad == [Bad(DIGEST, 0, len(CONTENT), "it cannot be read")]
+
+
+def test_neighbours_are_one_bad_part(filling: Filling, path: Path) -> None:
+    for extent in (0, 1, 3, 5, 6):
+        flip(path, extent * EXTENT)
+    bad = _scan(filling)
+    assert [(one.offset // EXTENT, -(-one.length // EXTENT)) for one in bad] == [(0, 2), (3, 1), (5, 2)]
 
 
 def test_what_is_not_there_is_not_bad(filling: Filling) -> None:

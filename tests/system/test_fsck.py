@@ -151,7 +151,7 @@ def test_exactly_what_is_bad_is_fetched_again(filled: Filled, tmp_path: Path) ->
     asked = len(filled.asked())
     code, report, _ = filled.fsck("--repair")
     assert code == 0
-    assert [one["offset"] // EXTENT for one in report["bad"]] == extents
+    assert [one["offset"] // EXTENT for one in report["bad"]] == [1, 10, extents[-1]]
     assert sum(filled.asked()[asked:]) == sum(one["length"] for one in report["bad"])
     assert filled.fsck("--digests")[0] == 0
     assert filled.exported(tmp_path) == filled.disk.read_bytes()
@@ -259,6 +259,19 @@ def test_what_is_not_of_the_cache_is_named_and_left(filled: Filled) -> None:
     assert (folder / "letter").exists()
     assert not (folder / ("ab" * 32)).exists()
     assert not (folder.parent.parent / "catalog" / "sha256" / ".77.part").exists()
+
+
+def test_a_report_that_is_too_long_is_an_error(run: Run, root: Root) -> None:
+    """Of files that are not of the cache: a few hundred, with the longest names that there are."""
+    assert run("cache", "stat").returncode == 0
+    folder = root.blobs.joinpath(*["\1" * 250] * 13)
+    folder.mkdir(parents=True)
+    for number in range(500):
+        (folder / str(number)).touch()
+    refused = run("fsck")
+    assert (refused.returncode, refused.stderr.count("\n")) == (8, 1), refused.stderr
+    assert "at most" in refused.stderr
+    assert "Traceback" not in root.log.read_text()
 
 
 def test_a_table_for_people_and_no_progress_into_a_pipe(filled: Filled) -> None:
