@@ -39,6 +39,7 @@ class Entry:
         self._shared: OpenEntry | None = shared
         self._user = user
         self.word = user.word or Word()
+        self.units = user.units  # what parts are held against that enter the cache on his word; None: checksums alone
         self.digest = shared.files.head.blob_digest
         self.id = shared.id
         self.blob = shared.blob
@@ -77,6 +78,11 @@ class Entry:
         return self._state.files.head.repository
 
     @property
+    def table(self) -> str:
+        """The sha256 of the digest table that all parts were held against when they came; "" if they were not."""
+        return self._state.files.head.table
+
+    @property
     def words(self) -> list[Word]:
         """On which its users take its parts. Where there are several, parts come through their sources only."""
         return self._state.words
@@ -85,11 +91,6 @@ class Entry:
     def claim(self) -> Callable[[Sequence[Word]], None]:
         """To be called with the words on which parts come from now on, and which say the same of them."""
         return self._state.claim
-
-    @property
-    def units(self) -> Units | None:
-        """What the blob's parts are held against before they enter the cache; None: checksums alone."""
-        return self._state.units
 
     def trust(self, load: Callable[[Units], Table]) -> None:
         """Before its first use: have all that is here checked, if it was not held against the table when it came.
@@ -174,7 +175,7 @@ class Cache:
         wanted = entryfiles.wanted(digest, size, place.digest if place else "", repository)
         with self._lock:
             shared = self._suiting(wanted, place) or self._make(wanted, place)
-            return self._join(shared, User(shared.word(place, repository), policy))
+            return self._join(shared, shared.user(place, repository, policy))
 
     def use(self, digest: str, size: int) -> Entry:
         """The entry as it is, beside other users: their policy stays. Who stores something in it answers for it."""
@@ -394,9 +395,8 @@ class Cache:
                 files.break_seal()
                 sealed = False
             undo.pop_all()
-        units = Units(wanted.blob_digest, place, blob, files.read) if place else None
         return OpenEntry(
-            files, blob, self._last_id, units, sealed=sealed, repository=wanted.repository, nameless=nameless
+            files, blob, self._last_id, place, sealed=sealed, repository=wanted.repository, nameless=nameless
         )
 
     def _give_up(self, shared: OpenEntry, user: User) -> None:

@@ -211,7 +211,7 @@ class Fsck:
 
     def _fed(self, entry: Entry) -> bool:
         """Whether those who have it open check what comes: it comes through their sources then."""
-        return entry.units is not None or len(entry.words) > 1
+        return bool(entry.table) or any(word.table for word in entry.words) or len(entry.words) > 1
 
     def _claim_place(self, entry: Entry) -> Place | None:
         """Where parts of it are to be had again: where its users have them from, or else those came from that are here

@@ -48,16 +48,20 @@ class Word:
 
 @dataclass(eq=False)
 class User:
-    """One that has a blob open. None: somebody who brings no bytes, or does not wait for any."""
+    """One that has a blob open. None: somebody who brings no bytes, or does not wait for any.
+
+    `units`: of the table that is his word.
+    """
 
     word: Word | None = None
     policy: Policy | None = None
+    units: Units | None = None
 
 
 class OpenEntry:
     """What all users of an open entry share. `nameless`: of files that may get the blob's names.
 
-    join(), leave(), give_up() and suits() are its cache's to call, one at a time.
+    join(), leave(), give_up(), suits() and user() are its cache's to call, one at a time.
     """
 
     def __init__(
@@ -65,7 +69,7 @@ class OpenEntry:
         files: EntryFiles,
         blob: Blob,
         id: int,
-        units: Units | None,
+        place: Place | None,
         *,
         sealed: bool,
         repository: str,
@@ -74,11 +78,11 @@ class OpenEntry:
         self.files = files
         self.blob = blob
         self.id = id
-        self.units = units  # what its parts are held against
         self.nameless = nameless
         self.users: list[User] = []
         self._repository = repository  # of who opened it
-        self._unlooked = units is not None and files.head.table != units.place.digest
+        # Of what all that is here is to be held against before its first use; None once it has been, or need not be.
+        self._unlooked = self._units(place) if place and files.head.table != place.digest else None
         self._policy = Policy("eio")
         self._claiming = threading.Lock()
         self._closed = False
@@ -107,16 +111,26 @@ class OpenEntry:
         if head.size != size:
             return False
         if place:
-            held = self._unlooked or head.table == place.digest
-            return self.units is not None and self.units.place == place and held
+            return head.table == place.digest or (self._unlooked is not None and self._unlooked.place == place)
         return head.repository == repository and not self._unlooked
 
-    def word(self, place: Place | None, repository: str) -> Word:
-        """On which one that it suits takes its parts."""
-        head, units = self.files.head, self.units
-        if units and (units.place == place or (head.table == units.place.digest and head.repository == repository)):
-            return Word(table=units.place.digest)
-        return Word(repository=repository)
+    def user(self, place: Place | None, repository: str, policy: Policy) -> User:
+        """One that it suits. Who has a table takes parts on the word of that one only, whoever else is here, and who
+        has none takes them on that of his repository, or of the table of another of its images."""
+        head = self.files.head
+        units: Units | None = None
+        if place:
+            units = self._units_in_use(lambda units: units.place == place) or self._units(place)
+        elif head.table and head.repository == repository:
+            units = self._units_in_use(lambda units: units.place.digest == head.table)
+        return User(Word(table=units.place.digest) if units else Word(repository=repository), policy, units)
+
+    def _units_in_use(self, wanted: Callable[[Units], bool]) -> Units | None:
+        in_use = [self._unlooked, *(user.units for user in self.users)]
+        return next((units for units in in_use if units and wanted(units)), None)
+
+    def _units(self, place: Place) -> Units:
+        return Units(self.digest, place, self.blob, self.files.read)
 
     def join(self, user: User) -> None:
         """One more uses it."""
@@ -173,10 +187,11 @@ class OpenEntry:
     def trust(self, load: Callable[[Units], Table]) -> None:
         """Have all that is here checked, if it was not held against the table when it came; load() gets the table."""
         with self._checking:
-            if self.units is None or not self._unlooked:
+            units = self._unlooked
+            if units is None:
                 return
-            table = load(self.units)
-            bad = list(self.units.bad_spans(table, entryfiles.read_table(self.files.map_fd, self.blob.size)))
+            table = load(units)
+            bad = list(units.bad_spans(table, entryfiles.read_table(self.files.map_fd, self.blob.size)))
             for offset, length in bad:
                 self.blob.drop(offset, length)
             left = entryfiles.read_table(self.files.map_fd, self.blob.size)
@@ -184,8 +199,8 @@ class OpenEntry:
                 raise DeviceError(f"check blob: {self.digest}: what is wrong in the cache cannot be taken away")
             self.files.sync()
             head = self.files.head
-            self.files.write_head(replace(head, table=self.units.place.digest, repository=self._repository))
-            self._unlooked = False
+            self.files.write_head(replace(head, table=units.place.digest, repository=self._repository))
+            self._unlooked = None
             log.info("blob checked against its digest table digest=%s dropped=%d", self.digest, len(bad))
 
     # ---- the whole ----

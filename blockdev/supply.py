@@ -100,8 +100,7 @@ class Supply:
         with self._lock:
             entry = self._cache.open(digest, size, policy, place, repository)
             opened = self._open.get(entry.id) or _Open(entry.blob, Several(self.backoff, entry.claim))
-            word = entry.word
-            units = entry.units if word.table else None
+            units = entry.units
             try:
                 origin = source_of(_Spill(opened.sources, units or entry.blob), undo)
                 source = Checked(origin, units) if units else origin
@@ -109,7 +108,7 @@ class Supply:
                 entry.close()
                 raise
             self._open[entry.id] = opened
-            undo.callback(self._leave, entry, opened.sources.add(source, word))
+            undo.callback(self._leave, entry, opened.sources.add(source, entry.word))
             self._pool.attach(entry.id, entry.blob, opened.sources)
             self._start()
         patient = Retrying(origin, self.backoff)

@@ -15,11 +15,11 @@ from blockdev.catalog import Catalog
 from blockdev.catalog import Place as Repository
 from blockdev.config import Policy
 from blockdev.engine import EXTENT_SIZE, Priority
-from blockdev.errors import CorruptImage
+from blockdev.errors import CorruptImage, SourceError
 from blockdev.origin import Part
 from blockdev.remote import Remotes
 from formats import presence
-from formats.digests import Place
+from formats.digests import UNIT, Place
 from tests.checked import await_written
 from tests.claimants import DIGEST, EVIL_PAYLOAD, EVIL_TABLE, GOOD, HERE, SIZE, TABLE, THERE, WAIT, Bench
 from tests.fakes.blob_server import REPOSITORY, BlobServer
@@ -134,6 +134,38 @@ def test_what_rots_under_two_who_differ_is_nobodys(bench: Bench, undo: ExitStack
             os.sched_yield()
         assert good.stat().present_bytes == SIZE - EXTENT_SIZE
     assert good.read_at(EXTENT_SIZE, EXTENT_SIZE) == GOOD[EXTENT_SIZE : 2 * EXTENT_SIZE]
+
+
+def test_who_has_a_table_takes_what_rots_by_it_whoever_opened_the_blob(
+    bench: Bench, undo: ExitStack, tmp_path: Path
+) -> None:
+    bench.adopt(tmp_path)
+    with ExitStack() as first:
+        plain = bench.open(first, bench.good).blob
+        named = bench.open(undo, bench.evil, TABLE)
+        assert named.blob is plain
+    assert named.units
+    assert named.blob.drop(EXTENT_SIZE, EXTENT_SIZE) == 1
+    with pytest.raises(SourceError):
+        named.blob.read_at(EXTENT_SIZE, 10)
+    assert named.units.mismatches == 2
+    bench.evil.content = GOOD
+    assert named.blob.drop(UNIT, EXTENT_SIZE) == 1
+    assert named.blob.read_at(UNIT, 10) == GOOD[UNIT:][:10]
+    await_written(named.blob, SIZE - EXTENT_SIZE)
+    assert bench.head().table == TABLE.digest
+
+
+def test_each_of_two_tables_is_asked_for_what_rots(bench: Bench, undo: ExitStack, tmp_path: Path) -> None:
+    bench.adopt(tmp_path)
+    with ExitStack() as first:
+        bench.open(first, bench.good, TABLE)
+        named = bench.open(undo, bench.evil, EVIL_TABLE)
+    assert named.blob.drop(EXTENT_SIZE, EXTENT_SIZE) == 1
+    bench.evil.content = GOOD
+    with pytest.raises(SourceError):
+        named.blob.read_at(EXTENT_SIZE, 10)
+    assert bench.open(undo, bench.good, TABLE).blob.read_at(EXTENT_SIZE, 10) == GOOD[EXTENT_SIZE:][:10]
 
 
 # ---- sizes ------------------------------------------------------------------------------------------
