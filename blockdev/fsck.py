@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _FOR_EVER = 86400.0  # seconds: what "hang" comes to for one range
 _RANGE = 4 << 20  # bytes asked for at a time
+_LOOK_EVERY = 0.2  # seconds
 
 Progress = Callable[[int, int], None]  # bytes looked at, and to be looked at in all
 SourceOf = Callable[[Place, NamedBlob, ExitStack], Source]
@@ -60,11 +61,24 @@ class Repair:
 
 @dataclass(frozen=True)
 class Refetch:
-    """How bytes are had again: from where, how patiently."""
+    """How bytes are had again: from where, how patiently, and whether the caller has gone, for whom it is done."""
 
     source_of: SourceOf
     backoff: Backoff
     policy: Policy
+    gone: Callable[[], bool]
+
+    def look(self) -> None:
+        """ConnectionError if nobody waits any more."""
+        if self.gone():
+            raise ConnectionAbortedError
+
+    def sleep(self, seconds: float) -> None:
+        """As time.sleep(), and look() meanwhile."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.look()
+            time.sleep(min(left, _LOOK_EVERY))
 
 
 @dataclass(frozen=True)
@@ -179,7 +193,7 @@ class Fsck:
     # ---- repair ----
 
     def repair(self, blob: Found, bad: Sequence[Finding], refetch: Refetch) -> list[Finding]:
-        """Take what is bad of a blob away and fetch it again."""
+        """Take what is bad of a blob away and fetch it again. ConnectionError if the caller goes meanwhile."""
         if blob.flaw:
             return [self._discard(one) for one in bad]
         states = ["bad"] * len(bad)
@@ -234,6 +248,7 @@ class Fsck:
         ]
         if self._fed(entry):
             for offset, length in ranges:
+                refetch.look()
                 entry.blob.read_into(offset, bytearray(length))
         else:
             self._store(entry, ranges, place, refetch, undo)
@@ -250,12 +265,14 @@ class Fsck:
     ) -> None:
         if place is None:
             raise NotFound(f"fetching a blob again failed: {entry.digest}: where it came from is not known")
-        source = Retrying(refetch.source_of(place, NamedBlob(entry.digest, entry.blob), undo), refetch.backoff)
+        origin = refetch.source_of(place, NamedBlob(entry.digest, entry.blob), undo)
+        source = Retrying(origin, refetch.backoff, refetch.sleep)
         for offset, length in ranges:
+            refetch.look()
             buffer = memoryview(bytearray(length))
             deadline = time.monotonic() + (refetch.policy.seconds or _FOR_EVER)
             try:
-                source.read_into(offset, buffer, deadline=deadline, progress=lambda filled: None)
+                source.read_into(offset, buffer, deadline=deadline, progress=lambda filled: refetch.look())
                 entry.blob.store(offset, buffer)
             except Spilled:  # all of the blob came, and went where it belongs
                 continue

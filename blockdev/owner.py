@@ -49,7 +49,7 @@ _JOIN_LIMIT = 2.0  # seconds for fetch threads to come back from a source
 
 
 class Caller(NamedTuple):
-    """Who waits for an image to be opened: told of how it was found; whether he has gone."""
+    """Who waits for what is done: told of how an image was found; whether he has gone."""
 
     tell: Tell
     gone: Callable[[], bool]
@@ -165,14 +165,14 @@ class Owner:
             self._remotes = self._remotes or Remotes(self._supply, self.cache, self._catalog)
             return self._remotes
 
-    def fsck(self, wanted: Check, repair: Repair | None, progress: Progress) -> Report:
-        """Check the cache under whatever runs on it, and repair it if it is said how."""
+    def fsck(self, wanted: Check, repair: Repair | None, caller: Caller, progress: Progress) -> Report:
+        """Check the cache under whatever runs on it, and repair it if it is said how, as long as the caller waits."""
         fsck = Fsck(self._root.blobs, self.cache, self._catalog)
         report, damaged = fsck.check(wanted, progress)
         if repair is None or not damaged:
             return report
         source_of = partial(self._get_remotes().source, repair.access)
-        refetch = Refetch(source_of, self._supply.backoff, repair.policy)
+        refetch = Refetch(source_of, self._supply.backoff, repair.policy, caller.gone)
         bad: list[Finding] = []
         for blob in damaged:
             bad += fsck.repair(blob, [one for one in report.bad if one.digest == blob.digest], refetch)

@@ -280,7 +280,7 @@ class Session:
         repair = None
         if message.member("repair", bool):
             repair = Repair(message.member("access", dict), parse_policy(message.member("policy", str)))
-        return self._owner.fsck(Check(names, check), repair, self._progress()).to_json()
+        return self._owner.fsck(Check(names, check), repair, self._caller, self._progress()).to_json()
 
     def _export(self, message: Message) -> Body:
         """Write the disk to the last descriptor, which the caller calls "output" and finishes."""

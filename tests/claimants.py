@@ -95,7 +95,7 @@ class Bench:
         fsck = Fsck(self.blobs, self.cache, self.catalog)
         report, damaged = fsck.check(Check((), digests=False), lambda done, total: None)
         policy = Policy("eio", 0.2)
-        refetch = Refetch(lambda place, blob, undo: sources[place], self.supply.backoff, policy)
+        refetch = Refetch(lambda place, blob, undo: sources[place], self.supply.backoff, policy, lambda: False)
         return [one for blob in damaged for one in fsck.repair(blob, report.bad, refetch)]
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from formats import presence
 from tests.filling import CONTENT, DIGEST, EXTENT, Filling, flip
 
 ALL = Check([], digests=False)
+PATIENT = Policy("eio", 5.0)
 PLACE = Place("registry.example", "app", plain_http=False)
 
 
@@ -38,9 +39,9 @@ class Bench:
     def check(self) -> tuple[Finding, ...]:
         return self.fsck.check(ALL, lambda done, total: None)[0].bad
 
-    def repair(self, seconds: float = 5.0) -> list[Finding]:
+    def repair(self, policy: Policy = PATIENT, gone: Callable[[], bool] = lambda: False) -> list[Finding]:
         report, (blob,) = self.fsck.check(ALL, lambda done, total: None)
-        refetch = Refetch(lambda place, blob, undo: self.filling.source, Backoff(), Policy("eio", seconds))
+        refetch = Refetch(lambda place, blob, undo: self.filling.source, Backoff(), policy, gone)
         return self.fsck.repair(blob, report.bad, refetch)
 
 
@@ -66,12 +67,21 @@ def test_what_is_not_had_again_is_gone_and_said(bench: Bench, failure: BlockdevE
     flip(bench.path, 0)
     flip(bench.path, 3 * EXTENT)
     bench.filling.source.failures.extend([failure] * 100)
-    found = bench.repair(seconds=0.1)
+    found = bench.repair(Policy("eio", 0.1))
     assert [(one.state, one.kind) for one in found] == [("dropped", type(failure).__name__)] * 2
     assert all(str(failure) in one.error or "left alone" in one.error for one in found)
     assert bench.check() == ()
     assert entryfiles.look(bench.filling.blobs, DIGEST).present == len(CONTENT) - 2 * EXTENT
     assert not bench.filling.sealed()
+
+
+def test_a_repair_ends_with_its_caller(bench: Bench) -> None:
+    flip(bench.path, 0)
+    bench.filling.source.failures.extend([SourceError("reading a blob failed: x: no")] * 100)
+    with pytest.raises(ConnectionError):
+        bench.repair(Policy("hang"), gone=lambda: len(bench.filling.source.failures) < 100)
+    assert len(bench.filling.source.failures) == 99
+    assert not bench.filling.cache.stat()[0].in_use
 
 
 def test_wrong_bytes_from_the_registry_do_not_repair(bench: Bench) -> None:

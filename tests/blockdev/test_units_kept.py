@@ -183,6 +183,7 @@ def repair(bench: Bench) -> list[Finding]:
         lambda place, blob, undo: RegistryBlob(bench.client, "app", DIGEST, len(BLOB), blob.blob.store),
         bench.supply.backoff,
         Policy("eio", WAIT),
+        lambda: False,
     )
     found: list[Finding] = []
     for blob in damaged:

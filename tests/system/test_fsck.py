@@ -238,6 +238,20 @@ def test_a_registry_that_is_away_leaves_an_extent_absent(filled: Filled, tmp_pat
     assert filled.exported(tmp_path) == filled.disk.read_bytes()
 
 
+def test_a_killed_repair_ends(filled: Filled, start: Start) -> None:
+    def in_use() -> bool:
+        return bool(json.loads(filled.run("cache", "stat", "--json").stdout)["blobs"][0]["in_use"])
+
+    filled.flip(2 * EXTENT)
+    filled.registry.stop()
+    repairing = start("fsck", "--repair", "--on-error", "hang")
+    assert until(in_use)
+    repairing.kill()
+    assert until(lambda: not in_use())
+    filled.registry.start()
+    assert filled.fsck("--repair")[0] == 0
+
+
 def test_what_is_not_of_the_cache_is_named_and_left(filled: Filled) -> None:
     folder = filled.data.parent
     (folder / "letter").write_text("dear cache")
