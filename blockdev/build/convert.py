@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol
 
 from blockdev.build.depot import Depot, Read
@@ -125,9 +125,6 @@ def convert(
             result = put_index(target, top, images, documents, kind)
         if not displaces:
             target.tag(result)
-        for layer in (layer for layers in finished for layer in layers):
-            if target.name not in layer.made.places:
-                workshop.note(layer.key, replace(layer.made, places=(*layer.made.places, target.name)))
     made = zip(images, documents, finished, strict=True)
     return Converted(result.digest, tuple(_described(image, document, layers) for image, document, layers in made))
 

@@ -80,7 +80,7 @@ def push(
 ) -> Pushed:
     """Push local layer files, bottom first, as `reference`, which must have a tag and no digest.
 
-    `adopt` is given each blob once the image is in the registry. CorruptImage or UsageError if
+    `adopt` is given each blob once the registry has all of them; then comes the image. CorruptImage or UsageError if
     the files make no image; the errors of registry.client.Client.
     """
     if reference.digest or not reference.tag:
@@ -92,10 +92,10 @@ def push(
         for blob in blobs:
             sent = _upload(repository, blob, progress or _silent)
             pushed.append(PushedLayer(blob.name, blob.digest, blob.size, blob.wrapped, sent))
-        digest = _put_image(repository, blobs, file_system)
         for blob in blobs:
             if adopt:
                 adopt(blob.file.fileno(), blob.digest)
+        digest = _put_image(repository, blobs, file_system)
         return Pushed(str(reference), digest, file_system, tuple(pushed))
 
 

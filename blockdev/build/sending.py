@@ -25,7 +25,6 @@ Progress = Callable[[str, int, int], None]  # "converted" or "pushed", bytes, by
 class Finished:
     """A layer that the target has."""
 
-    key: str
     made: Made
     source: str
     reused: bool
@@ -42,7 +41,7 @@ class _Cancelled(Exception):
 
 
 class Sending:
-    """Hashes, keeps and sends finished layers, one after the other, in a thread of its own.
+    """Hashes, keeps and sends finished layers, one after the other, in a thread of its own, and notes where they are.
 
     Leaving ends what is under way at its next step. A step that takes too long is not waited for: the process may
     end meanwhile, and the files are the thread's own.
@@ -123,7 +122,10 @@ class Sending:
         others = (self._source.name, *made.places)
         sent = self._target.put_blob(Blob(made.digest, size, file.fileno()), tell, others)
         self.meter.arrived(size)
-        return Finished(key, made, layer.blob.digest, reused=False, sent=sent)
+        if self._target.name not in made.places:
+            made = replace(made, places=(*made.places, self._target.name))
+            self._workshop.note(key, made)
+        return Finished(made, layer.blob.digest, reused=False, sent=sent)
 
 
 class Meter:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -381,6 +382,19 @@ def test_a_target_of_a_version_that_is_not_known_is_left_alone(
 
 def test_a_full_target_has_no_image(converter: Converter, tiny: Path, source: Path) -> None:
     assert "No space left" in _refused(converter, EngineError, source, tiny / "block")
+
+
+def test_without_room_for_its_records_there_is_no_image(
+    converter: Converter, tiny: Path, tmp_path: Path, source: Path, target: Path
+) -> None:
+    converter(source, tmp_path / "first")
+    shutil.copytree(converter.root.converted, tiny / "converted")
+    shutil.rmtree(converter.root.converted)
+    converter.root.converted.symlink_to(tiny / "converted")
+    with open(tiny / "full", "wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    assert "No space left" in _refused(converter, EngineError, source, target)
 
 
 def test_without_room_for_scratch_there_is_no_image(tiny: Path, source: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ from blockdev.build.push import Pushed, push
 from blockdev.cache import Cache
 from blockdev.config import Policy
 from blockdev.engine import Engine
-from blockdev.errors import CorruptImage, NotFound, SourceError, UsageError
+from blockdev.errors import CorruptImage, EngineError, NotFound, SourceError, UsageError
 from blockdev.registry.client import Client
 from blockdev.registry.credentials import Provider
 from formats import digests, oci, tar, zfile
@@ -193,6 +193,20 @@ def test_what_is_no_layer_is_not_pushed(registry: Registry, client: Client, disk
 def test_a_digest_is_nothing_to_push_to(registry: Registry, client: Client, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="tag"):
         push(client, Reference.parse(f"{registry.host}/{REPOSITORY}@sha256:{'0' * 64}"), [tmp_path / "layer"])
+
+
+def test_a_push_whose_layers_cannot_be_kept_leaves_no_image(
+    registry: Registry, client: Client, disk: Path, tmp_path: Path
+) -> None:
+    layer = _layer(disk, tmp_path / "layer", Wrapping("lz4"))
+
+    def adopt(fd: int, digest: str) -> None:
+        raise EngineError("keeping a blob failed: no space left")
+
+    with pytest.raises(EngineError):
+        push(client, _reference(registry), [layer], adopt=adopt)
+    with pytest.raises(NotFound):
+        client.manifest(REPOSITORY, "v1")
 
 
 def test_a_push_that_breaks_leaves_no_image(registry: Registry, client: Client, disk: Path, tmp_path: Path) -> None:
