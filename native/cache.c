@@ -487,7 +487,7 @@ int blob_reject(struct ob_blob *blob, uint64_t offset, uint64_t length)
 		uint32_t state = atomic_load(&blob->state[extent]);
 
 		if (writing || ((state & EXTENT_KIND) != EXTENT_PRESENT && (state & EXTENT_KIND) != EXTENT_RESIDENT)) {
-			again = 1; /* somebody dropped it before us, or we have yet to write it: look again */
+			again = 1; /* somebody dropped it before us, or another thread has to wait for its write: look again */
 		} else if (state & EXTENT_RETRIED) {
 			retried = 1;
 		} else {

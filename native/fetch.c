@@ -491,7 +491,7 @@ int fetch_writing(struct ob_blob *blob, uint64_t extent)
 
 	LIST_FOREACH(fetch, &blob->fetches, of_blob) {
 		if (fetch->writing && extent >= fetch->first && extent < fetch->first + fetch->count)
-			return fetch == telling ? -1 : 1;
+			return telling ? -1 : 1;
 	}
 	return 0;
 }

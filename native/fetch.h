@@ -66,7 +66,8 @@ void fetch_missing(struct ob_blob *blob, uint64_t first, uint64_t last, int prio
 struct fetch *fetch_find(const struct ob_blob *blob, uint64_t extent);
 /* Where a resident extent's bytes are. */
 const uint8_t *fetch_resident(struct ob_blob *blob, uint64_t extent);
-/* 1: the fetch that holds a resident extent is writing it, it may not change; -1: it is this thread that has to. */
+/* Not 0: the fetch that holds a resident extent is writing it, it may not change. -1: nor may this thread wait for
+ * that, since it has bytes of its own to write, for which the writer may wait. */
 int fetch_writing(struct ob_blob *blob, uint64_t extent);
 /* What a claimed extent goes back to: FETCHING if a fetch still covers it, else ABSENT. */
 uint32_t fetch_owner_kind(const struct ob_blob *blob, uint64_t extent);
