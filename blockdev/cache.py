@@ -228,8 +228,8 @@ class Cache:
                     return digest
         elif found.size != size:
             with staging.Copy(self._blobs, fd, digest) as copy, self._lock:
-                self._part(digest)
                 copy.put()
+                self._part(digest)
                 return digest
         self._store(fd, digest, size)
         return digest
@@ -242,14 +242,14 @@ class Cache:
             digest = shared.files.head.blob_digest
             named = self._open.get(digest)
             if not (named or entryfiles.look(self._blobs, digest)).verified:
-                self._part(digest)
                 shared.files.put()
+                self._part(digest)
                 self._apart.remove(shared)
                 self._open[digest] = shared
             shared.nameless = False
 
     def _part(self, digest: str) -> None:
-        """Whoever has the files with the blob's names open keeps them, and another gets the names."""
+        """Whoever has the files open that had the blob's names keeps them, now that another's have the names."""
         shared = self._open.pop(digest, None)
         if shared:
             self._apart.append(shared)

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -265,18 +266,20 @@ def allocated(blobs: Path, digest: str) -> int:
 
 
 def name_files(path: Path, data_fd: int, map_fd: int) -> None:
-    """Give two files without names those of the blob at `path`; durably, and in place of what has them."""
+    """Give two files without names those of the blob at `path`, both or none; durably, in place of what has them."""
     names = path, map_of(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with ExitStack() as undo:
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        undo.callback(os.close, directory)
         for name in reversed(names):  # no map speaks of another's bytes
             name.unlink(missing_ok=True)
-        for fd, name in zip((data_fd, map_fd), names, strict=True):
-            # With a directory given, and only then, os.link() follows the symbolic link.
-            os.link(f"/proc/self/fd/{fd}", name.name, dst_dir_fd=directory, follow_symlinks=True)
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        with ExitStack() as unname:
+            for fd, name in zip((data_fd, map_fd), names, strict=True):
+                # With a directory given, and only then, os.link() follows the symbolic link.
+                os.link(f"/proc/self/fd/{fd}", name.name, dst_dir_fd=directory, follow_symlinks=True)
+                unname.callback(name.unlink)
+            os.fsync(directory)
+            unname.pop_all()
 
 
 def repository_of(blobs: Path, digest: str) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +16,7 @@ from blockdev.catalog import Catalog
 from blockdev.catalog import Place as Repository
 from blockdev.config import Policy
 from blockdev.engine import EXTENT_SIZE, Priority
-from blockdev.errors import CorruptImage, SourceError
+from blockdev.errors import BlockdevError, CorruptImage, SourceError
 from blockdev.origin import Part
 from blockdev.remote import Remotes
 from formats import presence
@@ -232,6 +233,36 @@ def test_pruning_leaves_what_is_apart_to_its_user(bench: Bench, undo: ExitStack)
     assert bench.cache.prune().removed == (DIGEST,)
     assert good.read_at(0, SIZE) == GOOD
     assert list(bench.blobs.rglob("*/*")) == []
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_names_that_cannot_be_taken_stay_with_who_has_them(
+    bench: Bench, undo: ExitStack, tmp_path: Path, *, added: bool
+) -> None:
+    size = SIZE - 1 if added else SIZE
+    evil = bench.open(undo, bench.evil, size=size).blob
+    assert evil.read_at(0, 10) == EVIL_PAYLOAD[:10]
+    entry = bench.cache.in_use(bench.open(undo, bench.good).blob)
+    assert entry
+    undo.callback(entry.close)
+    map_file = entryfiles.map_of(bench.data)
+    map_file.unlink()
+    map_file.mkdir()  # which no unlink takes away
+    with pytest.raises(BlockdevError):
+        bench.adopt(tmp_path) if added else entry.verify()
+    map_file.rmdir()
+    assert bench.open(undo, bench.evil, size=size).blob is evil
+    assert evil.read_at(0, size) == EVIL_PAYLOAD[:size]
+
+
+def test_files_get_both_names_or_none(bench: Bench) -> None:
+    folder = bench.data.parent
+    folder.mkdir(parents=True)
+    with tempfile.TemporaryFile(dir=folder) as unnamed, open(folder / "gone", "w+b") as gone:
+        (folder / "gone").unlink()  # which no link brings back
+        with pytest.raises(FileNotFoundError):
+            entryfiles.name_files(bench.data, unnamed.fileno(), gone.fileno())
+    assert list(folder.iterdir()) == []
 
 
 # ---- repair -------------------------------------------------------------------------------------------
