@@ -9,6 +9,7 @@ that dies in the middle of a call is a DeviceError, never a wait.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -93,11 +94,7 @@ class Connection:
 
     def open_process(self) -> int:
         """A pidfd of the owner; -1 if it cannot be seen from here (another PID namespace) or has ended."""
-        pid = self._channel.peer_pid()
-        try:
-            return os.pidfd_open(pid) if pid else -1
-        except ProcessLookupError:
-            return -1
+        return _open_process(self._channel)
 
     def fileno(self) -> int:
         """Readable once the owner has something to say, or has gone."""
@@ -151,6 +148,32 @@ def connect_to_live(
             holder = root.holder() or "another process"
             raise DeviceError(f"reaching the owner failed: {root.path}: {holder} owns it and does not listen")
         time.sleep(_POLL)
+
+
+def open_process(root: Root, timeout: float = HELLO_LIMIT) -> int:
+    """A pidfd of the root's owner, which need not answer; -1 if nobody listens any more. DeviceError: it cannot be
+    seen from here."""
+    try:
+        channel = control.connect(root.socket, timeout)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return -1
+    with contextlib.closing(channel):
+        if not channel.peer_pid():
+            holder = root.holder() or "the owner"
+            raise DeviceError(f"reaching the owner failed: {root.path}: {holder} is in another PID namespace")
+        return _open_process(channel)
+
+
+def _open_process(channel: Channel) -> int:
+    pid = channel.peer_pid()
+    try:
+        process = os.pidfd_open(pid) if pid else -1
+    except ProcessLookupError:
+        return -1
+    if process >= 0 and channel.gone():  # then it may be another's number by now
+        os.close(process)
+        return -1
+    return process
 
 
 def _connect_once(root: Root, timeout: float, notice: Notice) -> Connection | None:

@@ -16,6 +16,7 @@ import array
 import contextlib
 import errno
 import json
+import math
 import os
 import select
 import socket
@@ -33,6 +34,7 @@ REQUEST_MAX = 4 << 20  # an environment and certificates, and 100 KiB for 255 la
 DESCRIPTORS_MAX = 1024  # of one object: 255 layers, an upper pair, and room
 _BATCH = 250  # Linux refuses more than 253 (SCM_MAX_FD) on one message
 _PIECE = 64 << 10  # bytes asked from the kernel at a time
+_BACKLOG = 1024  # callers whom the owner has not got round to: a burst of commands
 _PATH_MAX = 107  # sun_path without its NUL
 _INT = array.array("i").itemsize
 _ERROR_CLASSES = {
@@ -210,20 +212,28 @@ def connect(path: Path, timeout: float) -> Channel:
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.settimeout(timeout)
+        # settimeout() would not wait at all: connect(2) of a full queue is EAGAIN to who does not block.
+        _set_send_timeout(sock, timeout)
         with address_of(path) as address:
             sock.connect(address)
         check_peer(sock)
+        _set_send_timeout(sock, 0)
     except PermissionError as error:
         sock.close()
         raise AccessDenied(f"reaching the owner failed: {path}: {error.strerror}") from None
-    except (BlockingIOError, TimeoutError):
+    except BlockingIOError:
         sock.close()
         raise DeviceError(f"reaching the owner failed: {path}: it accepts no connection") from None
     except BaseException:
         sock.close()
         raise
     return Channel(sock)
+
+
+def _set_send_timeout(sock: socket.socket, seconds: float) -> None:
+    """Of connect() and send(), which block; 0 = none."""
+    fraction, whole = math.modf(seconds)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(whole), int(fraction * 1e6)))
 
 
 def listen(path: Path) -> socket.socket:
@@ -233,7 +243,7 @@ def listen(path: Path) -> socket.socket:
         path.unlink(missing_ok=True)
         with address_of(path) as address:
             sock.bind(address)
-        sock.listen()
+        sock.listen(_BACKLOG)
     except BaseException:
         sock.close()
         raise

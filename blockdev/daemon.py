@@ -37,7 +37,8 @@ STOP_LIMIT = 9  # seconds (whole) for devices to end but for what was written to
 LEAVE_ALARM = 5  # seconds (whole) for all that follows
 _DRAIN_LIMIT = 5.0  # seconds of STOP_LIMIT that requests in hand get
 _JOIN_LIMIT = 1.0  # seconds for callers' threads to see that we leave
-_SESSIONS_MAX = 256  # more wait in the listener's queue
+_CALLERS_MAX = 512  # each a thread; whoever only holds an export is not counted, more are refused
+_KEPT_FOR_ENDING = 64  # of them, for what looks at and ends what is there
 _ACCEPT_PAUSE = 0.5  # seconds; after accept() failed for want of descriptors or memory
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _STACK = 512 << 10  # bytes; deepest is a TLS handshake below requests
@@ -96,10 +97,24 @@ class Daemon:
             self._root.release()
             log.info("owner left root=%s", self._root.path)
 
+    # ---- for sessions, in their threads ----
+
     def stop(self) -> None:
-        """Ask the main thread to drain and leave. Any thread may call it."""
+        """Ask the main thread to drain and leave."""
         self._stopping = True
         self._wake()
+
+    def crowded(self) -> bool:
+        """Whether what room for callers is left is kept for those who look at and end what is there."""
+        return self._room() < _KEPT_FOR_ENDING
+
+    def ended(self, session: Session) -> None:
+        """A conversation is over."""
+        with self._sessions_lock:
+            self._sessions.discard(session)
+        self._wake()
+
+    # ---- the main thread ----
 
     def _serve(self, listener: socket.socket, owner: Owner) -> None:
         listener.setblocking(False)
@@ -110,7 +125,7 @@ class Daemon:
         used = time.monotonic()
         while not self._stopping:
             now = time.monotonic()
-            if listening != (len(self._sessions) < _SESSIONS_MAX and now >= self._accept_after):
+            if listening != (now >= self._accept_after):
                 listening = not listening
                 if listening:
                     self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener, owner))
@@ -119,7 +134,7 @@ class Daemon:
             if self._sessions or owner.busy():
                 used = now
             leave = math.inf if self._linger is None else used + self._linger
-            due = min(leave, owner.retry(now), math.inf if listening else max(self._accept_after, now + _ACCEPT_PAUSE))
+            due = min(leave, owner.retry(now), math.inf if listening else self._accept_after)
             ready = self._selector.select(None if due == math.inf else max(0.0, due - now))
             if not ready and now >= leave:
                 return
@@ -143,7 +158,9 @@ class Daemon:
             control.check_peer(sock)
             if scarce(sock.fileno(), KEPT_FROM_CALLERS):
                 raise EngineError(f"asking the owner failed: {self._root.path}: it has too many descriptors open")
-            self._begin(Session(channel, owner, self.stop, self._session_ended))
+            if self._room() <= 0:
+                raise EngineError(f"asking the owner failed: {self._root.path}: it has {_CALLERS_MAX} callers already")
+            self._begin(Session(channel, owner, self))
         except BlockdevError as error:
             log.warning("caller refused reason=%s", error)
             if not isinstance(error, AccessDenied):  # a stranger is told nothing
@@ -161,10 +178,10 @@ class Daemon:
                 self._sessions.discard(session)
             raise EngineError(f"asking the owner failed: {self._root.path}: it can start no thread") from None
 
-    def _session_ended(self, session: Session) -> None:
+    def _room(self) -> int:
+        """For how many more callers."""
         with self._sessions_lock:
-            self._sessions.discard(session)
-        self._wake()
+            return _CALLERS_MAX - sum(not session.holding for session in self._sessions)
 
     def _end_sessions(self) -> None:
         with self._sessions_lock:

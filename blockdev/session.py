@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from itertools import count
+from typing import Protocol
 
 from blockdev import control
 from blockdev.build.export import export_image
@@ -46,20 +47,32 @@ _RANGE_MAX = 4 << 20  # bytes of one answer to "read": they are in memory twice
 _DRAIN_LIMIT = 5.0  # seconds that the requests in hand of an ended export get
 _ALIVE_EVERY = 1.0  # seconds between signs of life while a disk is waited for: callers allow four
 _PATIENCE = 6  # of these; then the caller's user is told what is waited for
+_ALWAYS = {"hello", "ps", "unmount", "stop"}  # done however many callers there are
 _WAITING = {"notice": "waiting for the disk that was written to"}
+
+
+class House(Protocol):
+    """Where conversations are had: the process of the owner."""
+
+    def stop(self) -> None:
+        """Make the owner leave."""
+
+    def crowded(self) -> bool:
+        """Whether there are so many callers that nothing new may begin."""
+        ...
+
+    def ended(self, session: Session) -> None:
+        """This conversation is over."""
 
 
 class Session:
     """The conversation with one caller, in a thread of its own."""
 
-    def __init__(
-        self, channel: Channel, owner: Owner, stop: Callable[[], None], ended: Callable[[Session], None]
-    ) -> None:
-        """stop: makes the owner leave; ended: told when this conversation is over."""
+    def __init__(self, channel: Channel, owner: Owner, house: House) -> None:
         self._channel = channel
         self._owner = owner
-        self._stop = stop
-        self._ended = ended
+        self._house = house
+        self.holding = False  # nothing but an export that is live
         self._caller = Caller(self._tell, channel.gone)
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._ops: dict[str, Callable[[Message], Body]] = {
@@ -104,7 +117,7 @@ class Session:
                 self._channel.send(control.error_body(error))
         finally:
             self._channel.close()
-            self._ended(self)
+            self._house.ended(self)
 
     def _reply(self, answer: Body) -> None:
         try:
@@ -119,6 +132,8 @@ class Session:
             operation = self._ops.get(op)
             if operation is None:
                 raise UsageError(f"asking the owner failed: {op!r}: no such request in this version")
+            if op not in _ALWAYS and self._house.crowded():
+                raise EngineError(f"{op} failed: the owner has too many callers already")
             return operation(message)
         except BlockdevError as error:
             log.info("%s failed: %s", op, error)
@@ -153,8 +168,10 @@ class Session:
         self._device_live(device)
         try:
             self._channel.send({"id": device.id, "size": device.size})
+            self.holding = True
             ending = self._channel.receive()
         finally:
+            self.holding = False
             ended = device.state is not State.LIVE
             self._patiently(partial(device.drain, _DRAIN_LIMIT))
         if ended:
@@ -337,7 +354,7 @@ class Session:
         if live and not message.body.get("force"):
             raise DeviceError(f"stopping the owner failed: {', '.join(live)}: in use (--force ends them)")
         devices = [device for device in self._owner.devices() if device.stack.writable]
-        self._stop()
+        self._house.stop()
         try:
             for device in devices:
                 self._patiently(partial(device.drain, _DRAIN_LIMIT))

@@ -65,29 +65,63 @@ def _own(root: Root, ready_fd: int | None, *, debug: bool) -> None:
 
 
 def _stop(root: Root, *, force: bool) -> None:
+    try:
+        _ask_to_stop(root, _ANSWER_LIMIT if force else client.HELLO_LIMIT, force=force)
+    except client.OwnerSilent:
+        if not force:
+            raise
+        _end_silent(root)
+
+
+def _ask_to_stop(root: Root, patience: float, *, force: bool) -> None:
     lost: list[BlockdevError] = []
     with contextlib.ExitStack() as stack:
         process = -1
-        try:
-            connection = client.connect_to_live(
-                root, _ANSWER_LIMIT if force else client.HELLO_LIMIT, notice=text.print_notice
-            )
-            if connection:
-                stack.enter_context(connection)
-                process = connection.open_process()
-                if process >= 0:
-                    stack.callback(os.close, process)
-                if force:
-                    lost += _unmount_all(connection, root)
-                answer = connection.call("stop", {"force": force}, timeout=_ANSWER_LIMIT)
-                stack.callback(control.raise_error, answer.get("lost", {}))
-        except client.OwnerSilent:
-            if not force:
-                raise
-            _kill(root)
+        connection = client.connect_to_live(root, patience, notice=text.print_notice)
+        if connection:
+            stack.enter_context(connection)
+            process = connection.open_process()
+            if process >= 0:
+                stack.callback(os.close, process)
+            if force:
+                lost += _unmount_all(connection, root)
+            answer = connection.call("stop", {"force": force}, timeout=_ANSWER_LIMIT)
+            stack.callback(control.raise_error, answer.get("lost", {}))
         _await_end(root, process)
     if lost:
         raise lost[0]
+
+
+def _end_silent(root: Root) -> None:
+    """End an owner that does not answer: woken, if somebody has stopped it, it ends in order; else it is killed.
+
+    Not one that has begun to leave: it may be flushing.
+    """
+    if not _signal(root, signal.SIGCONT):
+        _await_end(root, -1)
+        return
+    try:
+        _ask_to_stop(root, client.HELLO_LIMIT, force=True)
+    except client.OwnerSilent:
+        holder = root.holder() or "it"
+        if not _signal(root, signal.SIGKILL):
+            raise
+        _await_end(root, -1)
+        raise EngineError(
+            f"stopping the owner failed: {root.path}: {holder} did not answer and was killed: "
+            "what it had not flushed is lost"
+        ) from None
+
+
+def _signal(root: Root, number: signal.Signals) -> bool:
+    """Send it to the process that listens for the root; False if there is none any more."""
+    process = client.open_process(root)
+    if process < 0:
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(process, number)
+    os.close(process)
+    return True
 
 
 def _await_end(root: Root, process: int) -> None:
@@ -124,14 +158,3 @@ def _unmount_all(connection: client.Connection, root: Root) -> list[BlockdevErro
                 unmount(mounted.point, root, force=True)
     return lost
 
-
-def _kill(root: Root) -> None:
-    """Kill the holder of the lock. A pidfd, so that it cannot be somebody else by then."""
-    holder = root.holder() or ""
-    pid = holder.rpartition(" ")[2]
-    if pid.isdigit():
-        with contextlib.suppress(ProcessLookupError):
-            pidfd = os.pidfd_open(int(pid))
-            if root.holder() == holder and root.owned():
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            os.close(pidfd)
