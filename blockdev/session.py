@@ -300,12 +300,16 @@ class Session:
         return self._owner.fsck(Check(names, check), repair, self._caller, self._progress()).to_json()
 
     def _export(self, message: Message) -> Body:
-        """Write the disk to the last descriptor, which the caller calls "output" and finishes."""
+        """Write the disk to the last descriptor, which the caller calls "output" and finishes. "unread": whoever reads
+        it from a pipe left before the end."""
         sink = Sink(message.descriptor(-1), message.member("output", str), message.member("made", bool))
         with self._open(message) as stack:
-            with self._owner.reading(stack.blobs, self._channel.gone):
-                export_image(stack.image, sink, self._progress())
-            return {"size": stack.image.size}
+            try:
+                with self._owner.reading(stack.blobs, self._channel.gone):
+                    export_image(stack.image, sink, self._progress())
+            except BrokenPipeError:  # if it is the caller who has gone, this does not reach him either
+                return {"size": stack.image.size, "unread": True}
+            return {"size": stack.image.size, "unread": False}
 
     def _disk(self, message: Message) -> Body:
         """Read ranges of the disk into the last descriptor, a file of the caller's, until it says "end"."""

@@ -40,7 +40,10 @@ def run(args: argparse.Namespace) -> None:
             size = _write(origin, sink, show)
         else:
             extra = {"output": sink.name, "made": sink.made}
-            size = ask_owner(args, "export", origin, [sink.fd], extra=extra, show=show)["size"]
+            written = ask_owner(args, "export", origin, [sink.fd], extra=extra, show=show)
+            if written["unread"]:
+                raise BrokenPipeError
+            size = written["size"]
         sink.finish()
     if args.json and args.output != STDOUT:
         text.print_json({"image": args.image, "output": args.output, "size": size})

@@ -12,7 +12,7 @@ import pytest
 from blockdev import syscalls
 from blockdev.root import Root
 from tests import fixtures
-from tests.commands import Run
+from tests.commands import WAIT, Run, Start
 from tests.registries import Registry
 from tests.requires import requires_mount
 
@@ -61,6 +61,14 @@ def test_a_block_device_has_all_of_it_or_it_is_an_error(
     else:
         assert (done.returncode, done.stderr.count("\n")) == (8, 1)
         assert f"write disk: {loop.path}: " in done.stderr
+
+
+def test_a_reader_that_leaves_ends_it_quietly(image: str, start: Start) -> None:
+    exporting = start("export", image, "-o", "-")
+    assert exporting.stdout
+    assert exporting.stderr
+    exporting.stdout.close()
+    assert (exporting.stderr.read(), exporting.wait(WAIT)) == ("", 141)
 
 
 def test_a_file_on_stdout_is_written_from_where_it_stands(
