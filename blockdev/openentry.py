@@ -186,6 +186,8 @@ class OpenEntry:
 
     def trust(self, load: Callable[[Units], Table]) -> None:
         """Have all that is here checked, if it was not held against the table when it came; load() gets the table."""
+        if self._unlooked is None:
+            return  # and does not wait for who compares the whole, which takes as long as a pull
         with self._checking:
             units = self._unlooked
             if units is None:

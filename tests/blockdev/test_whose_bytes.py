@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -223,6 +224,31 @@ def test_a_file_that_is_added_replaces_what_another_has_brought(bench: Bench, un
     bench.adopt(tmp_path)
     assert evil.read_at(0, SIZE) == GOOD
     assert bench.head().verified
+
+
+@pytest.mark.parametrize("table", [None, TABLE])
+def test_who_opens_a_blob_does_not_wait_until_it_is_verified(
+    bench: Bench, undo: ExitStack, table: Place | None
+) -> None:
+    blob = bench.open(undo, bench.good, table).blob
+    entry = bench.cache.in_use(blob)
+    assert entry
+    undo.callback(entry.close)
+    begun, opened = threading.Event(), threading.Event()
+    in_time = []
+
+    def reach(_end: int) -> None:
+        begun.set()
+        in_time.append(opened.wait(WAIT))
+
+    verifying = threading.Thread(target=entry.verify, args=(reach,))
+    verifying.start()
+    assert begun.wait(WAIT)
+    assert bench.open(undo, bench.good, table).blob is blob
+    opened.set()
+    verifying.join()
+    assert in_time == [True]
+    assert entry.verified
 
 
 def test_pruning_leaves_what_is_apart_to_its_user(bench: Bench, undo: ExitStack) -> None:
