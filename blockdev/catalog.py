@@ -94,6 +94,16 @@ class Catalog:
             return None
         return content
 
+    def manifest(self, digest: str) -> oci.Manifest | oci.Index | None:
+        """A document that is an index, or a manifest whose layers say which blobs they are; if it is kept."""
+        try:
+            found = oci.parse_manifest(self.document(digest) or b"")
+            for layer in found.layers if isinstance(found, oci.Manifest) else ():
+                oci.layer_digest(layer)
+        except FormatError:  # a config, whose manifest speaks for it
+            return None
+        return found
+
     def keep(self, documents: Mapping[str, bytes]) -> None:
         """Keep documents, by their digests. The blobs they lead to are in use: prune() goes by these."""
         with self._lock:
@@ -176,14 +186,11 @@ class Catalog:
         indexes: dict[str, oci.Index] = {}
         for path in documents:
             digest = _digest_of(path)
-            try:
-                manifest = oci.parse_manifest(self.document(digest) or b"")
-                if isinstance(manifest, oci.Index):
-                    indexes[digest] = manifest
-                elif not blobs.isdisjoint(map(oci.layer_digest, manifest.layers)):
-                    live |= {digest, manifest.config.digest}
-            except FormatError:  # a config, whose manifest speaks for it
-                continue
+            manifest = self.manifest(digest)
+            if isinstance(manifest, oci.Index):
+                indexes[digest] = manifest
+            elif manifest and not blobs.isdisjoint(map(oci.layer_digest, manifest.layers)):
+                live |= {digest, manifest.config.digest}
         return live | {
             digest for digest, index in indexes.items() if any(image.digest in live for image in index.manifests)
         }
@@ -274,3 +281,5 @@ def _check_place(fields: dict[str, Any]) -> None:
     for name, kind in kinds.items():
         if not isinstance(fields[name], kind):
             raise FormatError(f"{name} is no {kind.__name__}")
+    if not all(isinstance(digest, str) for digest in fields["blobs"]):
+        raise FormatError("blobs are no texts")

@@ -169,20 +169,15 @@ class Fsck:
         digest = reference.digest or (seen.digest if seen else "")
         manifests = self._manifests(digest) if digest else []
         if not manifests:
-            raise NotFound(f"checking the cache failed: {name}: this root has not seen it")
+            raise NotFound(f"checking the cache failed: {name}: this root has seen no such image")
         return [oci.layer_digest(layer) for manifest in manifests for layer in manifest.layers]
 
     def _manifests(self, digest: str) -> list[oci.Manifest]:
         """Those that are kept of an image, on whatever platform."""
-        content = self._catalog.document(digest)
-        if content is None:
-            return []
-        manifest = oci.parse_manifest(content)
-        if isinstance(manifest, oci.Manifest):
-            return [manifest]
-        kept = [self._catalog.document(image.digest) for image in manifest.manifests]
-        parsed = [oci.parse_manifest(document) for document in kept if document]
-        return [manifest for manifest in parsed if isinstance(manifest, oci.Manifest)]
+        top = self._catalog.manifest(digest)
+        digests = [image.digest for image in top.manifests] if isinstance(top, oci.Index) else [digest]
+        found = map(self._catalog.manifest, digests)
+        return [manifest for manifest in found if isinstance(manifest, oci.Manifest)]
 
     def _leftovers(self, found: Iterable[Found]) -> list[str]:
         root = self._blobs.parent

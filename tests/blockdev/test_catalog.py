@@ -120,12 +120,20 @@ def test_a_tag_of_strange_content_is_not_known(catalog: Catalog, change: dict[st
     assert catalog.seen(NAME) is None
 
 
-@pytest.mark.parametrize("change", [{"blobs": "x"}, {"registry": None}, {"plain_http": 1}, {"repository": []}])
+@pytest.mark.parametrize(
+    "change", [{"blobs": "x"}, {"blobs": [{}]}, {"registry": None}, {"plain_http": 1}, {"repository": []}]
+)
 def test_a_place_of_strange_content_is_not_known(catalog: Catalog, change: dict[str, object]) -> None:
     catalog.note_place(PLACE, LAYERS)
     (path,) = _files(catalog)
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    strange = json.dumps({**json.loads(path.read_text()), **change})
+    path.write_text(strange)
     assert catalog.place(LAYERS[0]) is None
+    catalog.note_place(PLACE, LAYERS)
+    assert catalog.place(LAYERS[0]) == PLACE
+    path.write_text(strange)
+    catalog.prune(lambda: LAYERS)
+    assert not path.exists()
 
 
 def test_a_prune_leaves_what_leads_to_a_blob_and_nothing_else(catalog: Catalog) -> None:

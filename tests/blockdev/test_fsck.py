@@ -11,10 +11,11 @@ import pytest
 from blockdev import entryfiles
 from blockdev.catalog import Catalog, Place
 from blockdev.config import Policy
-from blockdev.errors import AccessDenied, BlockdevError, SourceError
+from blockdev.errors import AccessDenied, BlockdevError, NotFound, SourceError
 from blockdev.fsck import Check, Finding, Fsck, Refetch
 from blockdev.registry.backoff import Backoff
-from formats import presence
+from formats import oci, presence
+from formats.oci import BLOB_DIGEST, digest_of
 from tests.filling import CONTENT, DIGEST, EXTENT, Filling, flip
 
 ALL = Check([], digests=False)
@@ -103,6 +104,17 @@ def test_a_later_versions_entry_is_named_and_left(bench: Bench) -> None:
     (one,) = bench.repair()
     assert (one.state, one.kind) == ("bad", "DeviceError")
     assert bench.path.read_bytes() == CONTENT
+
+
+def test_only_what_is_an_image_can_be_checked_as_one(bench: Bench) -> None:
+    config = b'{"architecture":"amd64"}'
+    strange = {BLOB_DIGEST: "no digest"}
+    layer = oci.Descriptor(oci.OCI_LAYER, DIGEST, len(CONTENT), annotations=strange)
+    manifest = oci.Manifest(oci.Descriptor(oci.OCI_CONFIG, digest_of(config), len(config)), (layer,)).build()
+    bench.catalog.keep({digest_of(document): document for document in (config, manifest)})
+    for document in (config, manifest):
+        with pytest.raises(NotFound, match="no such image"):
+            bench.fsck.check(Check([f"host/app@{digest_of(document)}"], digests=False), lambda done, total: None)
 
 
 def test_a_damaged_entry_that_is_in_use_is_left_to_its_user(bench: Bench) -> None:
