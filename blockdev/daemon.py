@@ -3,9 +3,10 @@
 
 The main thread waits in one selector for callers, engine events and signals, and never
 for anything else. Each caller gets a thread (session.py); what they share is in
-owner.py. SIGTERM and SIGINT drain: exports answer what they have in hand, then everything
-is closed. What was written to a device is flushed first, however long its disk takes; all
-else that has not ended within STOP_LIMIT is ended by SIGALRM.
+owner.py. SIGTERM, SIGINT and SIGHUP drain, unless whoever started it ignores them: exports
+answer what they have in hand, then everything is closed. What was written to a device is
+flushed first, however long its disk takes; all else that has not ended within STOP_LIMIT
+is ended by SIGALRM.
 """
 
 from __future__ import annotations
@@ -195,9 +196,11 @@ class Daemon:
     def _listen_to_signals(self) -> None:
         self._wake_write.setblocking(False)
         signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
+        alone = self._linger is not None  # in a session of its own: no terminal and no shell is its business
         for number in _SIGNALS:
-            signal.signal(number, lambda _number, _frame: None)
-        if self._linger is not None:  # in a session of its own: nobody's terminal is its business
+            if alone or signal.getsignal(number) is not signal.SIG_IGN:  # else by nohup, or by a script's `&`
+                signal.signal(number, lambda _number, _frame: None)
+        if alone:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def _wake(self) -> None:

@@ -244,6 +244,19 @@ def test_a_signal_ends_a_foreground_owner_in_order(root: Root, ociblk: str, numb
     assert root.holder() is None
 
 
+def test_a_foreground_owner_ignores_what_it_was_started_to_ignore(root: Root, ociblk: str) -> None:
+    deaf = ["sh", "-c", 'trap "" HUP INT; exec "$0" daemon --root "$1"', ociblk, str(root.path)]
+    owner = subprocess.Popen(deaf, stderr=subprocess.PIPE, text=True)
+    assert until(root.socket.exists)
+    assert asked_pid(root) == owner.pid
+    owner.send_signal(signal.SIGHUP)
+    owner.send_signal(signal.SIGINT)
+    assert asked_pid(root) == owner.pid
+    owner.send_signal(signal.SIGTERM)
+    _, log = owner.communicate(timeout=WAIT)
+    assert log.count("owner stopping") == 1
+
+
 def test_an_owner_on_demand_leaves_when_idle_and_not_before(root: Root) -> None:
     with client.connect(root):
         assert not until(lambda: not root.owned(), limit=11.0)
