@@ -108,8 +108,11 @@ class Supply:
                 entry.close()
                 raise
             self._open[entry.id] = opened
+            known_ill = origin.host in opened.sources.hosts and self.backoff.waiting(origin.host)
             undo.callback(self._leave, entry, opened.sources.add(source, entry.word))
             self._pool.attach(entry.id, entry.blob, opened.sources)
+            if entry.blob.stat().down and not known_ill:
+                entry.blob.healthy()  # of what the others' sources have failed at, this one's may be able
             self._start()
         patient = Retrying(origin, self.backoff)
         entry.trust(lambda units: units.load(patient, time.monotonic() + (policy.seconds or PATIENCE)))

@@ -71,6 +71,11 @@ class Several(Generic[Word]):
         return len({user.word for user in self._users}) > 1
 
     @property
+    def hosts(self) -> set[str]:
+        """All that its users' sources ask."""
+        return {user.source.host for user in self._users}
+
+    @property
     def name(self) -> str:
         """As Source.name: of the one that is asked next."""
         return self._chosen()[0].source.name

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from blockdev.config import Policy
-from blockdev.errors import NotFound, SourceError
+from blockdev.engine import Blob
+from blockdev.errors import AccessDenied, NotFound, SourceError
 from blockdev.layer import CRC_ONLY, SHA256
 from formats.digests import UNIT, Place
 from tests.claimants import GOOD, SIZE, TABLE, WAIT, Bench
@@ -62,6 +63,44 @@ def test_when_the_one_that_works_leaves_the_other_fails_by_its_policy(bench: Ben
     with pytest.raises(SourceError):
         blob.read_at(2 * UNIT, 10)
     assert "404" in bench.supply.failure(1)[1]
+
+
+def down(bench: Bench, undo: ExitStack) -> Blob:
+    """A blob whose source has been given up."""
+    bench.good.well = False
+    blob = bench.open(undo, bench.good, policy=Policy("eio", 0.1)).blob
+    with pytest.raises(SourceError):
+        blob.read_at(0, 10)
+    assert until(lambda: blob.stat().down)
+    return blob
+
+
+def test_who_joins_with_a_source_that_is_well_is_served_at_once(bench: Bench, undo: ExitStack) -> None:
+    blob = down(bench, undo)
+    other = MemorySource(GOOD, "other")
+    assert bench.open(undo, other, policy=Policy("eio", 0.1)).blob is blob
+    assert not blob.stat().down
+    assert blob.read_at(0, 10) == GOOD[:10]
+    assert until(lambda: not bench.supply.failure(1)[1])
+
+
+def test_who_joins_with_a_host_that_has_just_failed_does_not_make_others_wait_for_it(
+    bench: Bench, undo: ExitStack
+) -> None:
+    blob = down(bench, undo)
+    bench.supply.backoff.told(bench.good.host, WAIT)
+    bench.open(undo, MemorySource(GOOD, bench.good.host), policy=Policy("eio", 0.1))
+    assert blob.stat().down
+
+
+def test_one_that_was_denied_does_not_speak_for_who_joins(bench: Bench, undo: ExitStack) -> None:
+    bench.good.failures.extend([AccessDenied("reading a blob failed: good: 401")] * 1000)
+    blob = bench.open(undo, bench.good).blob
+    with pytest.raises(SourceError):
+        blob.read_at(0, 10)
+    named = bench.open(undo, MemorySource(GOOD, bench.good.host))
+    assert named.blob.read_at(0, 10) == GOOD[:10]
+    assert until(lambda: bench.supply.why([named]) is None)
 
 
 # ---- policies -------------------------------------------------------------------------------------------
