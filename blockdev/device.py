@@ -106,12 +106,16 @@ class Device:
     def attach(self, transport: Transport) -> None:
         """The main flow: the image is open, the transport begins to serve it, the device is live.
 
-        If it cannot, the device is GONE and the error is the caller's.
+        If it cannot, the device is GONE, the transport detached, and the error is the caller's. EngineError: it is
+        LIVE or GONE already, and stays so.
         """
         with self._lock:
-            if self._state is not State.ATTACHING or self.transport:
-                raise EngineError(f"attaching failed: device {self.id}: it is {self._state.value}")
-            self.transport = transport
+            free = self._state is State.ATTACHING and not self.transport
+            if free:
+                self.transport = transport
+        if not free:
+            transport.detach(timeout=0)
+            raise EngineError(f"attaching failed: device {self.id}: it is {self._state.value}")
         try:
             transport.attach(self.stack.image)
         except BaseException:

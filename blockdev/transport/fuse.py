@@ -29,12 +29,13 @@ class FuseTransport:
         """Takes fuse_fd over: it is closed with the session, or by detach() before one began."""
         self._fuse_fd = fuse_fd
         self._id = id
-        # Whoever holds this and the descriptor can answer what we had read (native/fuse.c).
-        self._memfd = os.memfd_create(f"ociblk-fuse-{id}", os.MFD_CLOEXEC)
+        self._memfd = -1
         self._session: FuseSession | None = None
 
     def attach(self, image: OpenImage) -> None:
         """Begin to serve. Once."""
+        # Whoever holds this and the descriptor can answer what we had read (native/fuse.c).
+        self._memfd = os.memfd_create(f"ociblk-fuse-{self._id}", os.MFD_CLOEXEC)
         threads = WRITING_THREADS if image.image.writable else THREADS
         self._session = image.image.serve_fuse(self._fuse_fd, self._memfd, id=self._id, threads=threads, slots=SLOTS)
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from blockdev.errors import DeviceError, EngineError, SourceError
 from blockdev.image import OpenImage
 from blockdev.origin import locate
 from blockdev.stack import Stack, open_local
+from blockdev.transport.fuse import FuseTransport
 
 LAYER = Path(__file__).parent.parent / "data" / "d-l0.lsmt"
 
@@ -128,16 +131,32 @@ def test_a_transport_that_cannot_attach_leaves_nothing(stack: Stack) -> None:
     assert stack.stats() == []
 
 
+def test_a_fuse_file_that_cannot_be_served_is_closed(stack: Stack) -> None:
+    read, write = os.pipe()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    transport = FuseTransport(write, id=1)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            Device(1, stack, lambda _: None).attach(transport)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert os.read(read, 1) == b""
+    os.close(read)
+
+
 def test_a_second_attach_is_refused(stack: Stack) -> None:
     device = Device(1, stack, lambda _: None)
     device.attach(NbdTransport(listening(), ""))
     other = listening()
     with pytest.raises(EngineError, match="live"):
         device.attach(NbdTransport(other, ""))
-    other.close()
+    assert other.fileno() == -1
     device.drain(1)
+    transport = Refusing()
     with pytest.raises(EngineError, match="gone"):
-        device.attach(Refusing())
+        device.attach(transport)
+    assert transport.detached == 1
 
 
 def test_a_device_drained_while_it_attaches_does_not_become_live(stack: Stack) -> None:
