@@ -16,6 +16,11 @@ class MountOptions:
     flags: int
     rest: tuple[str, ...] = ()
 
+    @property
+    def data(self) -> str:
+        """The options for the file system, as mount(2) takes them."""
+        return ",".join(self.rest)
+
 
 _SETS = {
     "ro": syscalls.MS_RDONLY,

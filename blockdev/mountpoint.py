@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An image in the caller's kernel: its FUSE file, and the file system inside it.
+"""An image in the caller's kernel: its FUSE file under a name, or the file system inside it.
 
-    FuseFile            the image as one file that is mounted nowhere
-    mount_filesystem()  what that file holds, mounted on a directory, through a loop
+    mount_filesystem()  what the file holds, mounted on a directory, through a loop
                         device, or (EROFS) straight from the file
     mount_file()        the image as one file that is mounted on a regular file
     umount()            takes a mount away again; force_umount() even when the server does
                         not answer or files are open
 
-Runs with the caller's rights, in the caller's namespaces. What failed half-way is undone.
+Runs with the caller's rights, in the caller's namespaces. What fails half-way, or is interrupted, is undone.
 The FUSE file below a mounted directory is held by its loop device, or by EROFS, alone: whoever
 unmounts the directory, in whatever way, ends it, and its server learns that from the kernel.
 umount and force_umount find everything in the mount table and by the loop device, need no owner, and
@@ -18,21 +17,21 @@ return within UMOUNT_DEADLINE however dead or stopped that server is. sync() doe
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import re
-import socket
 import stat
-import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
-from blockdev import syscalls
-from blockdev.errors import DeviceError, NotFound, from_os
+from blockdev import fusefile, syscalls
+from blockdev.errors import BlockdevError, DeviceError, NotFound, from_os
+from blockdev.fusefile import FuseFile
 from blockdev.mountoptions import MountOptions
 from blockdev.root import Root
 from blockdev.syscalls import MountEntry
@@ -40,7 +39,6 @@ from formats import superblock
 
 log = logging.getLogger(__name__)
 
-FUSE_KIND = "fuse.ociblk"  # the type our files have in the mount table
 UMOUNT_DEADLINE = 10.0  # seconds; promised to whoever calls umount
 TEARDOWN_PATIENCE = 4.0  # seconds reads in flight may hold up a umount before they are failed
 # Linux mounts EROFS from a regular file since 6.12, but took a short read of that file, as
@@ -50,7 +48,6 @@ EROFS_FROM_FILE_SINCE = (7, 0)
 EROFS_FROM_FILE_STABLE = {(6, 12): 80, (6, 18): 21}
 LINK = "ociblk-"  # and the number of the connection: what EROFS of ours was mounted from, in the mount table
 LOOP_NAME = "ociblk"  # of our loop devices; a space and the root follow, where there is room
-FUSERMOUNT = "fusermount3"  # mounts FUSE for those who may not mount(2)
 LINKS_MAX = 40  # symbolic links followed in a path, as in the kernel
 
 
@@ -84,7 +81,7 @@ class Mounted:
     """A mounted image: the directory or file, and what it reads through."""
 
     point: Path
-    kind: str  # of the file system; FUSE_KIND: the disk as a file
+    kind: str  # of the file system; fusefile.KIND: the disk as a file
     connection: int  # of the FUSE file: its number in /sys/fs/fuse/connections
     loop: str | None = None  # the loop device between them, if there is one
     root: Path | None = None  # whose owner serves it, where that can be told
@@ -114,11 +111,17 @@ def _is_link(path: Path) -> bool:
         raise from_os("finding a path failed", error, str(path)) from None
 
 
-def _place(path: Path) -> tuple[Path, int]:
-    """A mount point to be and its file type; refused if something is mounted there."""
+def vacant(path: Path) -> Path:
+    """The path with all links resolved; refused if something is mounted there. Asks no server."""
     path = _locate(path)
     if syscalls.mounted_at(path):
         raise DeviceError(f"mount failed: {path}: already a mount point")
+    return path
+
+
+def _place(path: Path) -> tuple[Path, int]:
+    """A mount point to be, and its file type."""
+    path = vacant(path)
     try:
         return path, stat.S_IFMT(path.stat().st_mode)
     except FileNotFoundError:
@@ -127,154 +130,87 @@ def _place(path: Path) -> tuple[Path, int]:
         raise DeviceError(f"mount failed: {path}: {error.strerror}") from error
 
 
-class FuseFile:
-    """An image as a file in no mount table, for root. It lives as long as somebody has it open.
+@contextlib.contextmanager
+def mount_file(path: Path, *, writable: bool = False) -> Iterator[int]:
+    """A FUSE file mounted on a regular file; the descriptor to serve it by, which the caller closes.
 
-    The kernel's first request waits in fuse_fd, so until somebody serves it every use of the path
-    waits too. Only root may open the file (FUSE's rule, as we do not ask for allow_other).
-    """
-
-    def __init__(self, *, writable: bool = False) -> None:
-        self.fuse_fd = _open_fuse()  # to serve it by
-        try:
-            self._mount = self._mount_nowhere(writable)
-        except OSError as error:
-            os.close(self.fuse_fd)
-            hint = " (only root can; --raw shows the disk as a file)" if error.errno == errno.EPERM else ""
-            raise DeviceError(f"mount failed: FUSE: {error.strerror}{hint}") from error
-        self.path = Path(f"/proc/self/fd/{self._mount}")
-
-    def _mount_nowhere(self, writable: bool) -> int:
-        read_only: dict[str, str | None] = {} if writable else {"ro": None}  # or each read would change its access time
-        options = _fuse_options(self.fuse_fd, writable) | read_only
-        return syscalls.mount_nowhere("fuse", flags=_fuse_flags(writable), options=options)
-
-    def passed(self) -> None:
-        """Somebody else has fuse_fd: his end has to end the file."""
-        os.close(self.fuse_fd)
-        self.fuse_fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.fuse_fd >= 0:
-            self.passed()
-        os.close(self._mount)
-
-
-def _open_fuse() -> int:
-    try:
-        return syscalls.open_fuse()
-    except OSError as error:
-        raise DeviceError(f"mount failed: /dev/fuse: {error.strerror}") from error
-
-
-def _fuse_flags(writable: bool) -> int:
-    return (0 if writable else syscalls.MS_RDONLY) | syscalls.MS_NODEV | syscalls.MS_NOSUID | syscalls.MS_NOEXEC
-
-
-def _fuse_options(fd: int, writable: bool) -> dict[str, str | None]:
-    mode = "100644" if writable else "100444"
-    ids = {"user_id": str(os.geteuid()), "group_id": str(os.getegid())}
-    return {"fd": str(fd), "rootmode": mode, **ids, "default_permissions": None}
-
-
-def mount_file(path: Path, *, writable: bool = False) -> int:
-    """Mount a FUSE file on a regular file; returns the /dev/fuse descriptor to serve it by.
-
-    The kernel's first request waits in the descriptor, so until somebody serves it every
-    use of the path waits too. Only the mounting user may open the file (FUSE's rule, as we
-    do not ask for allow_other). Users other than root go through fusermount3.
+    If the block fails, or the mounting is interrupted, it is as if it had never been.
     """
     path, kind = _place(path)
     if kind != stat.S_IFREG:
         raise DeviceError(f"mount failed: {path}: not a regular file")
-    if os.geteuid() != 0:
-        return _fusermount(path, "rw" if writable else "ro")
-    fd = _open_fuse()
-    options = (name if value is None else f"{name}={value}" for name, value in _fuse_options(fd, writable).items())
-    try:
-        syscalls.mount("ociblk", path, FUSE_KIND, flags=_fuse_flags(writable), options=",".join(options))
-    except OSError as error:
-        os.close(fd)
-        raise DeviceError(f"mount failed: {path}: FUSE: {error.strerror}") from error
-    return fd
+    with _undone(path):
+        yield fusefile.mount(path, writable=writable)
 
 
-def _fusermount(path: Path, access: str) -> int:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        options = f"{access},nosuid,nodev,noexec,default_permissions,fsname=ociblk,subtype=ociblk"
-        _run_fusermount(["-o", options, "--", str(path)], path, commfd=theirs.fileno())
-        theirs.close()
-        fds = socket.recv_fds(ours, 1, 1)[1]
-    if not fds:
-        raise DeviceError(f"mount failed: {path}: {FUSERMOUNT} sent no descriptor")
-    os.set_inheritable(fds[0], False)
-    return fds[0]
-
-
-def _run_fusermount(arguments: list[str], path: Path, *, commfd: int = -1) -> None:
-    passed = (commfd,) if commfd >= 0 else ()
-    environment = {**os.environ, "_FUSE_COMMFD": str(commfd)} if passed else None
-    try:
-        result = subprocess.run(
-            [FUSERMOUNT, *arguments], pass_fds=passed, env=environment, capture_output=True, text=True, check=False
-        )
-    except OSError as error:
-        raise DeviceError(f"{FUSERMOUNT} failed: {path}: {error.strerror}") from error
-    if result.returncode != 0:
-        why = result.stderr.strip().removeprefix(f"{FUSERMOUNT}: ") or f"exit status {result.returncode}"
-        raise DeviceError(f"{FUSERMOUNT} failed: {path}: {why}")
-
-
-def mount_filesystem(
-    file: FuseFile, directory: Path, options: MountOptions, root: Root, *, writable: bool = False
-) -> Mounted:
-    """Mount what a served FUSE file of the root's owner holds on a directory.
+@contextlib.contextmanager
+def mount_filesystem(file: FuseFile, directory: Path, options: MountOptions, root: Root) -> Iterator[Mounted]:
+    """What a served FUSE file of the root's owner holds, mounted on a directory.
 
     EROFS goes straight from the file where this kernel does that right; everything else, and
-    EROFS where the kernel was built without it (ENOTBLK), through a loop device.
+    EROFS where the kernel was built without it, through a loop device. If the block fails, or
+    the mounting is interrupted, it is as if it had never been.
     """
     directory, place = _place(directory)
     if place != stat.S_IFDIR:
         raise DeviceError(f"mount failed: {directory}: not a directory")
     kind = _detect(file.path, directory)
-    connection = syscalls.device_of(file.path)
-    if writable and kind not in _WRITABLE_OPTIONS:
+    if file.writable and kind not in _WRITABLE_OPTIONS:
         raise DeviceError(f"mount failed: {directory}: the image holds {kind}, which cannot be written to")
-    data = ",".join((*(_WRITABLE_OPTIONS if writable else _OPTIONS)[kind], *options.rest))
-    if kind == "erofs" and erofs_from_file(os.uname().release):
+    needed = (_WRITABLE_OPTIONS if file.writable else _OPTIONS)[kind]
+    options = MountOptions(options.flags, (*needed, *options.rest))
+    with _undone(directory, file.connection):
+        mounted = None
+        if kind == "erofs" and erofs_from_file(os.uname().release):
+            mounted = _mount_from_file(file, directory, options, root)
+        yield mounted or _mount_through_loop(file, kind, directory, options, root)
+
+
+def _mount_from_file(file: FuseFile, directory: Path, options: MountOptions, root: Root) -> Mounted | None:
+    """None: the kernel was built without it. The mount table keeps the name that a file system was mounted
+    from: it is to tell the connection."""
+    link = root.mounts / f"{LINK}{file.connection}"
+    try:
+        link.parent.mkdir(mode=0o700, exist_ok=True)
+        link.unlink(missing_ok=True)  # of a command that was killed just here
+        link.symlink_to(file.path)
         try:
-            _mount_from_file(file.path, root.mounts / f"{LINK}{connection}", directory, options.flags, data)
-            return Mounted(directory, kind, connection)
-        except OSError as error:
-            if error.errno != errno.ENOTBLK:
-                raise DeviceError(f"mount failed: {directory}: {kind}: {error.strerror}") from error
-            log.info("mounting through a loop device reason=this kernel mounts EROFS from no file")
+            syscalls.mount(link, directory, "erofs", flags=options.flags, options=options.data)
+        finally:
+            link.unlink()
+    except OSError as error:
+        if error.errno != errno.ENOTBLK:
+            raise DeviceError(f"mount failed: {directory}: erofs: {error.strerror}") from error
+        log.info("mounting through a loop device reason=this kernel mounts EROFS from no file")
+        return None
+    return Mounted(directory, "erofs", file.connection)
+
+
+def _mount_through_loop(file: FuseFile, kind: str, directory: Path, options: MountOptions, root: Root) -> Mounted:
     name = f"{LOOP_NAME} {root.path}"
     if len(os.fsencode(name)) > syscalls.LOOP_NAME_MAX:
         name = LOOP_NAME
     try:
-        with syscalls.attach_loop(file.path, writable=writable, name=name) as loop:
-            syscalls.mount(loop.path, directory, kind, flags=options.flags, options=data)
+        with syscalls.attach_loop(file.path, writable=file.writable, name=name) as loop:
+            syscalls.mount(loop.path, directory, kind, flags=options.flags, options=options.data)
             if not loop.direct:
                 log.warning("loop device without direct I/O, pages are cached twice device=%s", loop.path)
-            return Mounted(directory, kind, connection, loop.path, root.path, writable)
+            return Mounted(directory, kind, file.connection, loop.path, root.path, file.writable)
     except OSError as error:
         raise DeviceError(f"mount failed: {directory}: {kind}: {error.filename}: {error.strerror}") from error
 
 
-def _mount_from_file(file: Path, link: Path, directory: Path, flags: int, data: str) -> None:
-    """The mount table keeps the name that a file system was mounted from: it is to tell the connection."""
-    link.parent.mkdir(mode=0o700, exist_ok=True)
-    link.unlink(missing_ok=True)  # of a command that was killed just here
-    link.symlink_to(file)
+@contextlib.contextmanager
+def _undone(point: Path, connection: int | None = None) -> Iterator[None]:
+    """If the block fails, what of ours is mounted there is taken away (and reads through the connection, if that is
+    known). A signal that arrives during mount(2) is raised after it: there is a mount that nobody has told us of."""
     try:
-        syscalls.mount(link, directory, "erofs", flags=flags, options=data)
-    finally:
-        link.unlink()
+        yield
+    except BaseException:
+        with contextlib.suppress(BlockdevError):  # the error that brought us here is the one to tell
+            if connection in (None, find(point).connection):
+                force_umount(point)
+        raise
 
 
 def erofs_from_file(release: str) -> bool:
@@ -296,7 +232,7 @@ def umount(path: Path) -> Mounted:
     nobody waits for are failed after TEARDOWN_PATIENCE, if nothing can be written to it.
     """
     found = find(path)
-    if found.kind == FUSE_KIND:
+    if found.kind == fusefile.KIND:
         _umount_file(found.point, lazy=False)
     else:
         _umount_directory(found, patience=UMOUNT_DEADLINE if found.writable else TEARDOWN_PATIENCE)
@@ -312,7 +248,7 @@ def force_umount(path: Path) -> Mounted:
         if found.point in (below.point, *below.point.parents):
             _abort(below.connection)
     if syscalls.mounted_at(found.point):  # the abort may have unmounted it
-        if found.kind == FUSE_KIND:
+        if found.kind == fusefile.KIND:
             _umount_file(found.point, lazy=True)
         else:
             _umount_or_fail(found.point, syscalls.MNT_DETACH)
@@ -335,7 +271,7 @@ def sync(mounted: Mounted) -> None:
     """What was written to it has reached its disk when this returns. Waits for its server, as long as that takes."""
     fd = os.open(mounted.point, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if mounted.kind != FUSE_KIND:
+        if mounted.kind != fusefile.KIND:
             syscalls.sync_file_system(fd)
         os.fsync(fd)
     finally:
@@ -355,7 +291,7 @@ def connection_of(entry: MountEntry) -> int | None:
 
 def _ours(entry: MountEntry) -> Mounted | None:
     point = Path(entry.point)
-    if entry.kind == FUSE_KIND:
+    if entry.kind == fusefile.KIND:
         return Mounted(point, entry.kind, entry.minor, writable=not entry.read_only)
     if entry.major == syscalls.LOOP_MAJOR:
         return _through_loop(point, entry)
@@ -389,7 +325,7 @@ def _umount_or_fail(point: Path, flags: int) -> None:
 
 def _umount_file(file: Path, *, lazy: bool) -> None:
     if os.geteuid() != 0:
-        _run_fusermount(["-u", *(["-z"] if lazy else []), "--", str(file)], file)
+        fusefile.umount_for_user(file, lazy=lazy)
     else:
         _umount_or_fail(file, syscalls.MNT_DETACH if lazy else 0)
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from blockdev import client, mountpoint, syscalls
 from blockdev.cli import text
 from blockdev.cli.umount import unmount
 from blockdev.config import DEFAULT_POLICY
-from blockdev.errors import BlockdevError, from_os
+from blockdev.errors import from_os
 from blockdev.origin import NOTHING, Part, locate
 from blockdev.root import Root
 
@@ -38,8 +38,7 @@ def attached(root: Root, layers: Sequence[int], pair: tuple[Path, Path], file: P
         with client.connect(root, text.print_notice) as owner:
             _keep_mounts_private()  # not before there is an owner: one that we start is not to hold them
             owner.call("mount", {"image": image, "policy": DEFAULT_POLICY}, descriptors)
-            try:
-                fuse = mountpoint.mount_file(file, writable=True)
+            with mountpoint.mount_file(file, writable=True) as fuse:
                 try:
                     owner.call("fuse", descriptors=[fuse])
                 finally:
@@ -48,8 +47,4 @@ def attached(root: Root, layers: Sequence[int], pair: tuple[Path, Path], file: P
                 owner.call("mounted", {"where": str(file), "how": "while it is converted", "connection": connection})
                 origin.close()  # what is locked is the owner's now, until it has closed the pair
                 yield
-            except BaseException:
-                with suppress(BlockdevError):  # the error that brought us here is the one to tell
-                    mountpoint.force_umount(file)
-                raise
             unmount(file, root, force=False)

@@ -19,7 +19,8 @@ from blockdev import beneath, client, mountoptions, mountpoint
 from blockdev.cli import add_image_options, add_upper_options, text
 from blockdev.cli.ask import image_request, locate_upper
 from blockdev.config import parse_path
-from blockdev.errors import BlockdevError, DeviceError, UsageError, from_os
+from blockdev.errors import DeviceError, UsageError, from_os
+from blockdev.fusefile import FuseFile
 from blockdev.mountoptions import MountOptions
 from blockdev.mountpoint import Mounted
 from blockdev.root import Root
@@ -78,44 +79,39 @@ def _file_system(
     owner: client.Connection, args: argparse.Namespace, options: MountOptions, root: Root
 ) -> Iterator[Mounted]:
     """What the image holds, mounted. If the block fails, it is as if it had never been."""
-    with mountpoint.FuseFile(writable=args.rw) as file:
+    with FuseFile(writable=args.rw) as file:
         owner.call("fuse", descriptors=[file.fuse_fd])
         file.passed()
-        mounted = mountpoint.mount_filesystem(file, args.target, options, root, writable=args.rw)
-    with _undone(mounted.point):
-        yield mounted
+        with mountpoint.mount_filesystem(file, args.target, options, root) as mounted:
+            yield mounted
 
 
 @contextlib.contextmanager
 def _raw(owner: client.Connection, args: argparse.Namespace) -> Iterator[Mounted]:
     """The image as a served file. If the block fails, it is as if it had never been."""
-    file = args.target.absolute()
+    file = mountpoint.vacant(args.target)
+    with _made(file), mountpoint.mount_file(file, writable=args.rw) as fuse_fd:
+        try:
+            owner.call("fuse", descriptors=[fuse_fd])
+        finally:
+            os.close(fuse_fd)  # the owner has it; its end has to end the file
+        yield mountpoint.find(file)
+
+
+@contextlib.contextmanager
+def _made(file: Path) -> Iterator[None]:
+    """The file is there; if it was made for that, and the block fails, it is gone again."""
+    made = False
     try:
-        made = not file.exists()
-        file.touch()
-    except OSError as error:
-        raise from_os("mount", error, str(file)) from None
-    try:
-        fuse_fd = mountpoint.mount_file(file, writable=args.rw)
-        with _undone(file):
-            try:
-                owner.call("fuse", descriptors=[fuse_fd])
-            finally:
-                os.close(fuse_fd)  # the owner has it; its end has to end the file
-            yield mountpoint.find(file)
+        try:
+            if not file.exists():
+                made = True
+                file.touch()
+        except OSError as error:
+            raise from_os("mount failed", error, str(file)) from None
+        yield
     except BaseException:
         if made:
             with contextlib.suppress(OSError):  # the error that brought us here is the one to tell
                 file.unlink()
-        raise
-
-
-@contextlib.contextmanager
-def _undone(point: Path) -> Iterator[None]:
-    """If the block fails, what is mounted there is taken away."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(BlockdevError):  # the error that brought us here is the one to tell
-            mountpoint.force_umount(point)
         raise

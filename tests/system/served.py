@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockdev import mountpoint, syscalls
-from blockdev.mountpoint import FuseFile
+from blockdev.fusefile import FuseFile
 from tests import leaks
 
 SERVER = Path(__file__).with_name("fuse_server.py")
@@ -58,7 +58,8 @@ def served(raw: Path, folder: Path, *, how: str = "warm") -> Iterator[Served]:
     """Mount raw as folder/disk. Whatever a failing test leaves is taken away."""
     file = folder / "disk"
     file.touch()
-    fd = mountpoint.mount_file(file)
+    with mountpoint.mount_file(file) as fd:
+        pass
     with serving(fd, raw, folder, file, how) as disk:
         os.close(fd)
         yield disk

@@ -18,8 +18,9 @@ import pytest
 
 from blockdev import mountpoint, syscalls
 from blockdev.errors import DeviceError, NotFound
+from blockdev.fusefile import FuseFile
 from blockdev.mountoptions import parse_options
-from blockdev.mountpoint import FuseFile, Mounted
+from blockdev.mountpoint import Mounted
 from blockdev.root import Root
 from tests import leaks
 from tests.requires import requires_command, requires_mount
@@ -47,6 +48,17 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, found["ext4"], "24M"], check=True, capture_output=True)
     subprocess.run(["mkfs.erofs", found["erofs"], tree], check=True, capture_output=True)
     return found
+
+
+def mount_disk(file: FuseFile, directory: Path, folder: Path, options: str = "") -> Mounted:
+    """Mounted, and left so."""
+    with mountpoint.mount_filesystem(file, directory, parse_options(options), Root(folder)) as mounted:
+        return mounted
+
+
+def mount_file(path: Path) -> int:
+    with mountpoint.mount_file(path) as fd:
+        return fd
 
 
 @dataclass
@@ -81,7 +93,7 @@ class Mounter:
             self._patch.setattr(mountpoint, "erofs_from_file", lambda release: False)
         disk, file, directory = self.serve_nowhere(self._disks[kind])
         with file:  # after that, the file system's own hold is all that is left
-            mounted = mountpoint.mount_filesystem(file, directory, parse_options(options), Root(self._folder))
+            mounted = mount_disk(file, directory, self._folder, options)
         return Mount(disk, directory, mounted, self._disks[kind].parent / "tree")
 
 
@@ -174,7 +186,7 @@ def test_names_with_spaces_and_links_are_found_again(disks: dict[str, Path], tmp
     for name in (folder / "mnt", tmp_path / "link", tmp_path / "parent" / "mnt"):
         with served_nowhere(disks["ext4"], folder) as (disk, file):
             with file:
-                mountpoint.mount_filesystem(file, tmp_path / "link", parse_options(""), Root(folder))
+                mount_disk(file, tmp_path / "link", folder)
             assert mountpoint.umount(name).point == folder / "mnt"
             disk.wait()
 
@@ -182,9 +194,9 @@ def test_names_with_spaces_and_links_are_found_again(disks: dict[str, Path], tmp
 def test_a_mount_point_in_use_is_refused(mounter: Mounter) -> None:
     mount = mounter("ext4")
     with pytest.raises(DeviceError, match="already a mount point"):
-        mountpoint.mount_file(mount.directory)
+        mount_file(mount.directory)
     with FuseFile() as file, pytest.raises(DeviceError, match="already a mount point"):
-        mountpoint.mount_filesystem(file, mount.directory, parse_options(""), Root(mount.directory.parent))
+        mount_disk(file, mount.directory, mount.directory.parent)
     mountpoint.umount(mount.directory)
 
 
@@ -192,13 +204,13 @@ def test_a_mount_point_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with FuseFile() as file:
         with pytest.raises(NotFound, match="nowhere"):
-            mountpoint.mount_filesystem(file, tmp_path / "nowhere", parse_options(""), Root(tmp_path))
+            mount_disk(file, tmp_path / "nowhere", tmp_path)
         with pytest.raises(DeviceError, match="not a directory"):
-            mountpoint.mount_filesystem(file, tmp_path / "file", parse_options(""), Root(tmp_path))
+            mount_disk(file, tmp_path / "file", tmp_path)
     with pytest.raises(DeviceError, match="not a regular file"):
-        mountpoint.mount_file(tmp_path)
+        mount_file(tmp_path)
     with pytest.raises(NotFound, match="nowhere"):
-        mountpoint.mount_file(tmp_path / "nowhere")
+        mount_file(tmp_path / "nowhere")
 
 
 def test_a_disk_without_a_known_file_system_is_named(mounter: Mounter, tmp_path: Path) -> None:
@@ -206,7 +218,7 @@ def test_a_disk_without_a_known_file_system_is_named(mounter: Mounter, tmp_path:
     raw.write_bytes(bytes(510) + b"\x55\xaa" + bytes(1 << 20))
     disk, file, directory = mounter.serve_nowhere(raw)
     with file, pytest.raises(DeviceError, match="partition table"):
-        mountpoint.mount_filesystem(file, directory, parse_options(""), Root(tmp_path))
+        mount_disk(file, directory, tmp_path)
     disk.wait()
 
 
@@ -216,7 +228,7 @@ def test_a_broken_file_system_leaves_nothing_behind(mounter: Mounter, tmp_path: 
     raw.write_bytes((bytes(1080) + b"\x53\xef" + b"\xff" * 100 + bytes(1 << 20))[:size])
     disk, file, directory = mounter.serve_nowhere(raw)
     with file, pytest.raises(DeviceError, match="mount failed"):
-        mountpoint.mount_filesystem(file, directory, parse_options(""), Root(tmp_path))
+        mount_disk(file, directory, tmp_path)
     disk.wait()
 
 
@@ -227,7 +239,7 @@ def test_without_fuse_the_error_says_so(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(syscalls, "open_fuse", no_fuse)
     (tmp_path / "disk").touch()
     with pytest.raises(DeviceError, match="/dev/fuse"):
-        mountpoint.mount_file(tmp_path / "disk")
+        mount_file(tmp_path / "disk")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -397,7 +409,7 @@ def test_force_takes_what_is_mounted_below_along(mounter: Mounter, disks: dict[s
     inner = outer.directory / "deep"
     with served_nowhere(disks["erofs"], tmp_path) as (disk, file):
         with file:
-            mountpoint.mount_filesystem(file, inner, parse_options(""), Root(tmp_path))
+            mount_disk(file, inner, tmp_path)
         with pytest.raises(DeviceError, match="in use"):
             mountpoint.umount(outer.directory)
         assert (inner / "deep" / "er" / "small").read_text() == "small\n"
@@ -432,10 +444,10 @@ def test_a_user_mounts_a_file_through_fusermount(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from blockdev import mountpoint\n"
         f"file = Path({str(file)!r})\n"
-        "fd = mountpoint.mount_file(file)\n"
+        "with mountpoint.mount_file(file) as fd: pass\n"
         "print(mountpoint.find(file).point, flush=True)\n"
         "mountpoint.umount(file)\n"
-        "fd = mountpoint.mount_file(file)\n"
+        "with mountpoint.mount_file(file) as fd: pass\n"
         "mountpoint.force_umount(file)\n"
     )
     shell = ["unshare", "--mount", "sh", "-ec", AS_A_USER, "sh", str(tmp_path / "fuse"), sys.executable, code]

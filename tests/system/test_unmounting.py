@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdev.mountpoint import FuseFile
+from blockdev.fusefile import FuseFile
 from blockdev.root import Root
 from blockdev.transport.fuse import FuseTransport
 from tests import fixtures, leaks, requires
@@ -117,6 +117,43 @@ def test_a_mount_killed_between_its_steps_leaves_no_device(
     if mounted(target):  # it got so far; what is there gives errors, and can be taken away
         assert run("umount", target).returncode == 0
     assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+
+
+@pytest.mark.parametrize("way", ["ext4", "erofs", "raw"])
+def test_a_mount_interrupted_in_the_kernel_is_undone(
+    tmp_path: Path, root: Root, run: Run, ext4: Path, way: str
+) -> None:
+    """mount(2) cannot be interrupted: what arrives meanwhile is raised when the mount is there."""
+    (target := tmp_path / "mnt").mkdir()
+    image = erofs_layer(tmp_path, run) if way == "erofs" else ext4
+    words = ["--raw", str(image), str(tmp_path / "file")] if way == "raw" else [str(image), str(target)]
+    interrupted = (
+        "import signal, sys\n"
+        "from blockdev import cli, syscalls\n"
+        "mount = syscalls.mount\n"
+        "def mount_slowly(*rest, **named):\n"
+        "    mount(*rest, **named)\n"
+        "    print('mounted', flush=True)\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "syscalls.mount = mount_slowly\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", interrupted, "mount", *words, "--root", str(root.path)]
+    done = subprocess.run(command, check=False, timeout=WAIT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "mounted\n", "")
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+    assert not (tmp_path / "file").exists()
+    assert until(lambda: devices(run) == [])
+
+
+def test_a_file_that_is_mounted_is_refused_without_asking_its_server(tmp_path: Path, root: Root, run: Run) -> None:
+    file = tmp_path / "file"
+    assert run("mount", "--raw", LAYER, file).returncode == 0
+    for fate in (lambda: None, lambda: os.kill(owner_pid(root), signal.SIGKILL)):
+        fate()
+        refused = run("mount", "--raw", LAYER, file)
+        assert (refused.returncode, refused.stderr) == (7, f"ociblk: mount failed: {file}: already a mount point\n")
+    assert run("umount", file).returncode == 0
 
 
 @pytest.mark.parametrize("words", [("mount", LAYER), ("umount",)])
