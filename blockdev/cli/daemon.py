@@ -9,12 +9,13 @@ import json
 import os
 import select
 import signal
+import socket
 import time
 
 from blockdev import client, control, journal, mountpoint
 from blockdev.cli import text
 from blockdev.cli.umount import unmount
-from blockdev.errors import BlockdevError, DeviceError, EngineError, UsageError
+from blockdev.errors import BlockdevError, DeviceError, EngineError, UsageError, from_os
 from blockdev.root import Root
 
 STOP_LIMIT = 10.0  # seconds until the owner has gone, not counting what it says it waits for a disk
@@ -49,6 +50,8 @@ def _own(root: Root, ready_fd: int | None, *, debug: bool) -> None:
             if answer:
                 answer.write(json.dumps({"ready": os.getpid()}))
                 answer.close()
+            else:
+                _notify_manager()
 
         try:
             root.prepare()
@@ -62,6 +65,18 @@ def _own(root: Root, ready_fd: int | None, *, debug: bool) -> None:
             if answer and not answer.closed:
                 answer.write(json.dumps(control.error_body(error)))
             raise
+
+
+def _notify_manager() -> None:
+    """Say to the service manager, if there is one, that callers are heard (sd_notify(3))."""
+    address = os.environ.pop("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.sendto(b"READY=1", "\0" + address[1:] if address.startswith("@") else address)
+    except OSError as error:
+        raise from_os("telling the service manager failed", error, address) from None
 
 
 def _stop(root: Root, *, force: bool) -> None:

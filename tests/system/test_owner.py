@@ -21,7 +21,7 @@ import pytest
 from blockdev import client, control
 from blockdev.errors import AccessDenied, DeviceError
 from blockdev.root import LAYOUT_VERSION, Root
-from tests.commands import WAIT, Run, until
+from tests.commands import WAIT, Run, Start, until
 
 
 def asked_pid(root: Root) -> int:
@@ -255,6 +255,19 @@ def test_a_foreground_owner_ignores_what_it_was_started_to_ignore(root: Root, oc
     owner.send_signal(signal.SIGTERM)
     _, log = owner.communicate(timeout=WAIT)
     assert log.count("owner stopping") == 1
+
+
+@pytest.mark.parametrize("prefix", ["@", "/"])
+def test_a_service_manager_is_told_when_callers_are_heard(
+    tmp_path: Path, root: Root, start: Start, prefix: str
+) -> None:
+    address = prefix + str(tmp_path / "notify").lstrip("/")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(address.replace("@", "\0"))
+        manager.settimeout(WAIT)
+        owner = start("daemon", NOTIFY_SOCKET=address)
+        assert manager.recv(100) == b"READY=1"
+    assert asked_pid(root) == owner.pid
 
 
 def test_an_owner_on_demand_leaves_when_idle_and_not_before(root: Root) -> None:
