@@ -307,13 +307,15 @@ class Cache:
         return found
 
     def discard(self, digest: str) -> None:
-        """Remove an entry whose files make none. DeviceError if it is in use, or a later version's."""
+        """Remove an entry if its files make none now. DeviceError if it is in use, or a later version's."""
         with self._lock:
             if digest in self._open:
                 raise DeviceError(f"remove cache entry: {digest}: it is in use")
             found = entryfiles.look(self._blobs, digest)
             if found.newer:
                 raise DeviceError(f"remove cache entry: {digest}: {found.flaw}")
+            if not found.flaw:
+                return
             try:
                 entryfiles.remove(self._blobs, digest)
             except OSError as error:

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from blockdev.errors import CorruptImage, DeviceError, EngineError, UsageError, from_os
+from blockdev.errors import CorruptImage, DeviceError, EngineError, UsageError, from_os, shortage
 from blockdev.ownfile import open_own, read_own
 from blockdev.ranges import data_ranges
 from formats import presence
@@ -237,7 +237,7 @@ def foreign(blobs: Path) -> Iterator[Path]:
 
 
 def look(blobs: Path, digest: str) -> Found:
-    """What the files of an entry say, at this moment."""
+    """What the files of an entry say, at this moment. EngineError if there is nothing left to look at them with."""
     path = path_of(blobs, digest)
     nothing = Found(digest, 0, 0, allocated(blobs, digest), verified=False)
     try:
@@ -251,6 +251,8 @@ def look(blobs: Path, digest: str) -> Found:
     except FormatError as error:
         return replace(nothing, flaw=error.what, newer=isinstance(error, presence.NewerVersion))
     except OSError as error:
+        if shortage(error):
+            raise from_os("look at cache entry", error, str(path)) from error
         return replace(nothing, flaw=f"its map cannot be read: {error.strerror}")
     verified = head.verified and present == head.size
     return replace(nothing, size=head.size, present=present, verified=verified, repository=head.repository)

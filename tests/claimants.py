@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -91,9 +92,13 @@ class Bench:
     def head(self) -> presence.Head:
         return presence.Head.parse(entryfiles.map_of(self.data).read_bytes()[: presence.HEAD_SIZE])
 
-    def repair(self, sources: dict[Repository, MemorySource]) -> list[Finding]:
+    def repair(
+        self, sources: dict[Repository, MemorySource], meanwhile: Callable[[], None] = lambda: None
+    ) -> list[Finding]:
+        """meanwhile(): between looking and repairing."""
         fsck = Fsck(self.blobs, self.cache, self.catalog)
         report, damaged = fsck.check(Check((), digests=False), lambda done, total: None)
+        meanwhile()
         policy = Policy("eio", 0.2)
         refetch = Refetch(lambda place, blob, undo: sources[place], self.supply.backoff, policy, lambda: False)
         return [one for blob in damaged for one in fsck.repair(blob, report.bad, refetch)]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from blockdev.catalog import Catalog
 from blockdev.catalog import Place as Repository
 from blockdev.config import Policy
 from blockdev.engine import EXTENT_SIZE, Priority
-from blockdev.errors import BlockdevError, CorruptImage, SourceError
+from blockdev.errors import BlockdevError, CorruptImage, EngineError, SourceError
 from blockdev.origin import Part
 from blockdev.remote import Remotes
 from formats import presence
@@ -324,6 +325,29 @@ def test_what_was_verified_is_repaired_from_anywhere_and_then_from_there(bench: 
     assert bench.head().repository == THERE.key
     bench.evil.well = True
     assert bench.read(bench.good) == GOOD
+
+
+def test_what_has_become_whole_since_it_was_looked_at_is_not_removed(bench: Bench, tmp_path: Path) -> None:
+    bench.adopt(tmp_path)
+    os.truncate(entryfiles.map_of(bench.data), 9)
+    (one,) = bench.repair({}, meanwhile=lambda: bench.adopt(tmp_path))
+    assert one.state == "repaired"
+    assert bench.head().verified
+    assert bench.data.read_bytes() == GOOD
+
+
+def test_an_entry_that_no_descriptor_is_left_for_is_not_taken_for_damaged(bench: Bench, tmp_path: Path) -> None:
+    bench.adopt(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    next_free = os.dup(0)
+    os.close(next_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_free, hard))
+    try:
+        with pytest.raises(EngineError, match="Too many open files"):
+            bench.cache.look(DIGEST)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert bench.cache.look(DIGEST).verified
 
 
 # ---- as images name it ----------------------------------------------------------------------------------
