@@ -22,8 +22,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from blockdev.cli import stdio
+from blockdev.cli.parser import Command, Parser
 from blockdev.config import DEFAULT_POLICY, default_root, parse_jobs, parse_path, parse_policy, parse_size
-from blockdev.errors import BlockdevError, EngineError, UsageError, from_os
+from blockdev.errors import BlockdevError, EngineError, from_os
 
 # name: module, one line of help
 _COMMANDS = {
@@ -54,11 +55,6 @@ _COMMANDS = {
 _NULL_UUID = "00000000-0000-0000-0000-000000000000"
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _BROKEN_PIPE = 141  # 128 + SIGPIPE: our reader left, which is its right
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}: {self.prog}: see {self.prog} --help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,10 +148,10 @@ def _unexpected(error: Exception) -> EngineError:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     common = _common_options()
-    parser = _Parser(prog="ociblk", description="Container images as block devices.", parents=[common])
+    parser = Parser(prog="ociblk", description="Container images as block devices.", parents=[common])
     if arguments[:1] == ["--version"]:  # what people try first
         arguments = ["version", *arguments[1:]]
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command", parser_class=Command)
     for name, (module_name, summary) in _COMMANDS.items():
         text = f"{summary[0].upper()}{summary[1:]}."
         command = commands.add_parser(name, help=summary, description=text, parents=[common])
@@ -172,9 +168,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _common_options() -> _Parser:
+def _common_options() -> Command:
     """Options that may stand before or after the command; absent ones set nothing."""
-    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    common = Command(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--root", metavar="DIR", type=parse_path, help="for cache and owner (default: $OCIBLK_ROOT)")
     common.add_argument("--json", action="store_true", help="print results as JSON")
     common.add_argument("--debug", action="store_true", help="log more; show tracebacks")

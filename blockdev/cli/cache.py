@@ -25,11 +25,16 @@ _HEX_DIGITS = {64: "sha256", 128: "sha512"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
+        metavar="stat|prune|add",
         choices=["stat", "prune", "add"],
         help="list the blobs; remove those not in use; take in blobs that were fetched otherwise",
     )
     parser.add_argument(
-        "files", metavar="FILE", nargs="*", help=f"add: a blob, or {LAYOUT_PREFIX}DIR for all blobs of an image layout"
+        "files",
+        metavar="FILE",
+        nargs="*",
+        default=[],
+        help=f"add: a blob, or {LAYOUT_PREFIX}DIR for all blobs of an image layout",
     )
 
 
