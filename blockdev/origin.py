@@ -30,6 +30,7 @@ from formats.errors import FormatError
 
 LAYOUT_PREFIX = "oci:"
 NOTHING = "scratch"  # as in a Dockerfile: no image has that name
+TABLES_MAX = 64 << 20  # bytes of an image's digest tables, which come into memory: those of 512 GiB
 _SIZE_LIMIT = 1 << 63  # file offsets are signed
 _PATH_STARTS = ("/", "./", "../")
 
@@ -249,7 +250,8 @@ class BlockLayer(NamedTuple):
 def block_layers(name: str, manifest: oci.Manifest) -> list[BlockLayer]:
     """The blobs that hold an image's blocks, bottom first.
 
-    UsageError for images of another kind; `name` is what the user called this one.
+    UsageError for images of another kind; `name` is what the user called this one. FormatError if what the layers
+    say cannot be.
     """
     layers = [layer for layer in manifest.layers if not oci.is_acceleration(layer)]
     if any(oci.turbo_target(layer) for layer in layers):
@@ -257,7 +259,11 @@ def block_layers(name: str, manifest: oci.Manifest) -> list[BlockLayer]:
     if layers and all(layer.media_type.endswith(("gzip", "zstd")) and not oci.is_overlaybd(layer) for layer in layers):
         why = "an ordinary image, its layers are archives, not blocks (ociblk convert makes a block image of it)"
         raise UsageError(f"opening the image failed: {name}: {why}")
-    return [_block_layer(layer) for layer in layers]
+    found = [_block_layer(layer) for layer in layers]
+    tables = sum(place.length for place in {layer.place for layer in found} if place)
+    if tables > TABLES_MAX:
+        raise FormatError(f"the digest tables of its layers have {tables} bytes, at most {TABLES_MAX}")
+    return found
 
 
 def _block_layer(layer: oci.Descriptor) -> BlockLayer:

@@ -22,7 +22,7 @@ from typing import Protocol
 from blockdev.cache import Cache, Entry
 from blockdev.config import Policy
 from blockdev.engine import Blob, Engine, EngineStopped
-from blockdev.errors import BlockdevError
+from blockdev.errors import BlockdevError, EngineError
 from blockdev.fetch.pool import Pool
 from blockdev.layer import CRC_ONLY, SHA256, NamedBlob
 from blockdev.openentry import Word
@@ -33,6 +33,7 @@ from blockdev.source.several import Several
 from blockdev.units import Checked, Units
 from formats.digests import Place
 
+TABLES_MAX = 512 << 20  # bytes of the digest tables of all that is open, which are in memory: those of 4 TiB
 PATIENCE = 60.0  # seconds for a digest table that must come before anything else, under the policy `hang`
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class Supply:
         self._pool = Pool(engine, backoff=self.backoff)
         self._started = False
         self._open: dict[int, _Open] = {}  # by blob id
+        self._tables: list[Units] = []  # for each use of a blob the one that it is held against
         self._lock = threading.Lock()  # of the above; held for local file operations only
         self._whole: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._verifier = threading.Thread(target=self._verify_all, name="verify-0", daemon=True)
@@ -102,12 +104,14 @@ class Supply:
             opened = self._open.get(entry.id) or _Open(entry.blob, Several(self.backoff, entry.claim))
             units = entry.units
             try:
+                self._check_room(units)
                 origin = source_of(_Spill(opened.sources, units or entry.blob), undo)
                 source = Checked(origin, units) if units else origin
             except BaseException:
                 entry.close()
                 raise
             self._open[entry.id] = opened
+            self._tables += [units] if units else []
             known_ill = origin.host in opened.sources.hosts and self.backoff.waiting(origin.host)
             undo.callback(self._leave, entry, opened.sources.add(source, entry.word))
             self._pool.attach(entry.id, entry.blob, opened.sources)
@@ -126,7 +130,16 @@ class Supply:
             if not leave():
                 del self._open[entry.id]
                 self._pool.detach(entry.id)
+            if entry.units:
+                self._tables.remove(entry.units)
         entry.close()
+
+    def _check_room(self, units: Units | None) -> None:
+        """EngineError if there is none for one more table."""
+        size = sum(known.place.length for known in {*self._tables, units} if known)
+        if size > TABLES_MAX:
+            why = f"the digest tables of all that is open would have {size} bytes, at most {TABLES_MAX}"
+            raise EngineError(f"opening a blob failed: {why}")
 
     def _start(self) -> None:
         if not self._started:

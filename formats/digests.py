@@ -112,14 +112,15 @@ class Table:
 
     def __init__(self, covered: int, digests: bytes) -> None:
         """digests: as many as unit_count(covered), one after the other."""
+        fields = {"magic": _MAGIC, "version": _VERSION, "unit": UNIT, "covered": covered}
+        body: bytes = _HEAD.build(fields | {"count": unit_count(covered)}) + digests
         self.covered = covered
-        self._digests = digests
-        body = self.build()
         self.place = Place(covered, _ALGORITHM + hashlib.sha256(body).hexdigest())
         self.place.check()
         if len(body) != self.place.length:
             raise FormatError(f"digest table of {len(body)} bytes, {self.place.length} are expected")
         self.tail = tar.member_head(MEMBER, len(body)) + body + tar.padding(len(body)) + tar.END
+        self._digests = memoryview(self.tail)[BLOCK + HEAD_SIZE :][: len(digests)]  # in memory once
 
     @property
     def blob_size(self) -> int:
@@ -128,9 +129,7 @@ class Table:
 
     def build(self) -> bytes:
         """The table itself: what its digest is of."""
-        fields = {"magic": _MAGIC, "version": _VERSION, "unit": UNIT, "covered": self.covered}
-        head: bytes = _HEAD.build(fields | {"count": unit_count(self.covered)})
-        return head + self._digests
+        return self.tail[BLOCK:][: self.place.length]
 
     @classmethod
     def parse(cls, body: bytes) -> Table:

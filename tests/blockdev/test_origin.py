@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from blockdev.errors import BlockdevError, CorruptImage, NotFound, UsageError
-from blockdev.origin import Origin, locate
+from blockdev.origin import TABLES_MAX, Origin, block_layers, locate
 from formats import layout, oci
+from formats.digests import COVERED_MAX, Place
+from formats.errors import FormatError
 from tests import ordinary
 
 DATA = Path(__file__).parent.parent / "data"
@@ -169,6 +171,17 @@ def test_a_layout_with_a_colon_in_its_name_is_found(tmp_path: Path) -> None:
 def test_an_ordinary_image_is_refused_with_what_converts_it(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="ociblk convert makes a block image of it"):
         locate(f"oci:{ordinary.make(tmp_path / 'image', ordinary.lower)}")
+
+
+def test_an_image_of_too_many_digest_tables_is_refused() -> None:
+    def layer(number: int) -> oci.Descriptor:
+        place = Place(COVERED_MAX, oci.digest_of(bytes(number)))
+        return oci.Descriptor(oci.OCI_LAYER, oci.digest_of(b"blob"), place.blob_size, annotations=place.annotations())
+
+    config = oci.Descriptor(oci.OCI_CONFIG, oci.digest_of(b"{}"), 2)
+    assert block_layers("it", oci.Manifest(config, (layer(1),) * 255))
+    with pytest.raises(FormatError, match=f"at most {TABLES_MAX}"):
+        block_layers("it", oci.Manifest(config, (layer(1), layer(2))))
 
 
 def test_an_absent_tag_is_not_found(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from blockdev import units
-from blockdev.errors import SourceError
+from blockdev import supply, units
+from blockdev.errors import EngineError, SourceError
 from blockdev.layer import SHA256, NamedBlob
 from formats.digests import UNIT
 from tests.checked import BLOB, DIGEST, END, PLACE, WAIT, Bench, await_written, same
@@ -151,3 +151,17 @@ def test_a_registry_that_ignores_ranges_is_checked_too(
     else:
         assert same(blob.read_at(3 * UNIT, 1000), 3 * UNIT)
     assert same(blob.read_at(0, UNIT), 0)
+
+
+def test_what_all_tables_have_is_bounded(bench: Bench, undo: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supply, "TABLES_MAX", PLACE.length)
+    with ExitStack() as first:
+        bench.open(first)
+        bench.open(undo)  # has the same
+    undo.close()
+    monkeypatch.setattr(supply, "TABLES_MAX", PLACE.length - 1)
+    with pytest.raises(EngineError, match="digest tables"):
+        bench.open(undo)
+    assert not bench.cache.stat()
+    monkeypatch.setattr(supply, "TABLES_MAX", PLACE.length)
+    assert same(bench.open(undo).blob.read_at(0, 10), 0)

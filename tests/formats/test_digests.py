@@ -7,6 +7,7 @@ import hashlib
 import io
 import random
 import tarfile
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -52,6 +53,17 @@ def test_each_unit_has_its_sha256_whatever_pieces_came(size: int) -> None:
     expected = [f"sha256:{hashlib.sha256(unit).hexdigest()}" for unit in units]
     assert [table.digest(number) for number in range(len(units))] == expected
     assert digests.unit_count(size) == len(units)
+
+
+def test_a_table_is_in_memory_once() -> None:
+    body = Table(1 << 32, bytes(digests.DIGEST_SIZE << 14)).build()
+    tracemalloc.start()
+    try:
+        table = Table.parse(body)
+        assert len(body) < tracemalloc.get_traced_memory()[0] < 1.5 * len(body)
+        assert table.build() == body
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("size", SIZES)
