@@ -115,6 +115,7 @@ def convert(
     if displaces and not options.referrer:
         raise UsageError(f"converting failed: {target.place}: it would take its source's place")
     images = choose(source, top, options.platform, strict=options.strict)
+    target.check()
     with Sending(source, target, workshop, Meter(progress, images)) as sending:
         pending = [_convert_image(source, image, sending, workshop, options) for image in images]
         finished = [[future.result() for future in layers] for layers in pending]

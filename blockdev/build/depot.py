@@ -39,6 +39,9 @@ class Depot(Protocol):
     def opened(self, blob: Descriptor) -> AbstractContextManager[Read]:
         """A blob to be read from its start. CorruptImage at its end if it was another one."""
 
+    def check(self) -> None:
+        """Raise what is known to forbid to put anything there, before much is made for it."""
+
     def put_blob(self, blob: Blob, tell: Tell, others: tuple[str, ...] = ()) -> bool:
         """Bring a blob there; whether it was sent. `others`: names of depots that may have it, too."""
 

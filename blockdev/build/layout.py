@@ -70,6 +70,14 @@ class Layout:
         with file:
             yield checked(lambda length: file.read(length) or b"", blob, str(path))
 
+    def check(self) -> None:
+        """As Depot.check()."""
+        try:
+            if (self.folder / layout.MARKER).exists():
+                layout.check_marker(self._read(layout.MARKER))
+        except FormatError as error:
+            raise CorruptImage(f"write image layout: {self.folder}: {error}") from None
+
     def put_blob(self, blob: Blob, tell: Tell, others: tuple[str, ...] = ()) -> bool:
         """As Depot.put_blob()."""
         path = self._path(blob.digest)
@@ -149,12 +157,8 @@ class Layout:
             os.close(fd)
 
     def _prepare(self, path: Path) -> None:
+        self.check()
         marker = self.folder / layout.MARKER
-        try:
-            if marker.exists():
-                layout.check_marker(self._read(layout.MARKER))
-        except FormatError as error:
-            raise CorruptImage(f"write image layout: {self.folder}: {error}") from None
         path.parent.mkdir(parents=True, exist_ok=True)
         if not marker.exists():
             with replacing(marker) as fd:

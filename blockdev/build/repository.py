@@ -49,17 +49,18 @@ class Repository:
         finally:
             stream.close()
 
+    def check(self) -> None:
+        """As Depot.check()."""
+        _patiently(lambda: self._client.check_upload(self._repository))
+
     def put_blob(self, blob: Blob, tell: Tell, others: tuple[str, ...] = ()) -> bool:
         """As Depot.put_blob(). What another repository of the registry has is taken from there."""
         prefix = f"{self.reference.registry}/"
         near = [name.removeprefix(prefix) for name in others if name.startswith(prefix)]
 
-        def upload() -> bool:
-            with open(os.dup(blob.fd), "rb") as file:
-                file.seek(0)
-                return self._client.upload(self._repository, blob.digest, blob.size, file, tell, near)
-
-        return _patiently(upload)
+        with open(os.dup(blob.fd), "rb") as file:
+            file.seek(0)
+            return self._client.upload(self._repository, blob.digest, blob.size, file, tell, near, _patiently)
 
     def put_document(self, document: Document) -> None:
         """As Depot.put_document()."""

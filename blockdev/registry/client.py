@@ -9,15 +9,15 @@ decision (blockdev/source/retrying.py). Sizes and offsets are bytes. Thread-safe
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlsplit
 
 from blockdev.engine import Fetch
 from blockdev.errors import AccessDenied, CorruptImage, NotFound, SourceError
@@ -25,13 +25,11 @@ from blockdev.registry.auth import Authorizer, Rejection, Scope
 from blockdev.registry.backoff import Backoff, LeftAlone
 from blockdev.registry.credentials import Provider
 from blockdev.registry.exchange import Exchange, Ranged, Reply, Request, Task, Timeouts, origin
+from blockdev.registry.upload import CHUNK, Attempt, Upload, once
 from formats import oci
 
 ANSWER_SECONDS = 30.0  # for anything but a blob's bytes: a token, a redirect and the answer
 DOCUMENT_SECONDS = 60.0  # for a manifest or config of the largest size over a slow line
-UPLOAD_CHUNK = 8 << 20  # held in memory; S3 refuses parts below 5 MiB
-UPLOAD_PATIENCE = 120.0  # object stores assemble and hash what was uploaded before they answer
-UPLOAD_RATE = 16 << 10  # bytes a second; a chunk takes no longer than its bytes at this pace, and the patience
 REDIRECTS_MAX = 5
 LOGINS_MAX = 4  # for one request: another thread's, ours, and each of two credential sources
 TARGET_SECONDS = 240.0  # a redirect's target is used again this long; signatures live 5 minutes and more
@@ -42,7 +40,6 @@ _DENIED = (401, 403)
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 _ACCEPT = ", ".join((*oci.MANIFEST_TYPES, *oci.INDEX_TYPES))
 _EVERYTHING = Scope("", "")
-_log = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
@@ -127,8 +124,8 @@ class Client:
 
     def ping(self) -> None:
         """Check that a registry answers there and lets us in."""
-        task = self._task("asking the registry", "", ANSWER_SECONDS)
-        with self._send(task, _EVERYTHING, Request("GET", f"{self._base}/v2/")) as reply:
+        task = self.task("asking the registry", "", ANSWER_SECONDS)
+        with self.send(task, _EVERYTHING, Request("GET", f"{self._base}/v2/")) as reply:
             reply.require(200)
 
     def resolve(self, repository: str, tag: str) -> str:
@@ -138,9 +135,9 @@ class Client:
     def manifest(self, repository: str, identifier: str) -> Document:
         """A manifest or index by tag or digest. CorruptImage if it has not the digest that was asked for."""
         separator = "@" if ":" in identifier else ":"
-        task = self._task("fetching a manifest", f"/{repository}{separator}{identifier}", DOCUMENT_SECONDS)
-        request = Request("GET", self._url(repository, f"manifests/{identifier}"), {"Accept": _ACCEPT})
-        with self._follow(task, Scope(repository, "pull"), request) as reply:
+        task = self.task("fetching a manifest", f"/{repository}{separator}{identifier}", DOCUMENT_SECONDS)
+        request = Request("GET", self.url(repository, f"manifests/{identifier}"), {"Accept": _ACCEPT})
+        with self.follow(task, Scope(repository, "pull"), request) as reply:
             reply.require(200)
             body = reply.read_all(oci.DOCUMENT_SIZE_MAX)
         if separator == "@":
@@ -150,17 +147,15 @@ class Client:
 
     def blob_size(self, repository: str, digest: str) -> int:
         """Bytes of a blob; NotFound if the repository has none of that digest."""
-        task = self._task("looking for a blob", f"/{repository}@{digest}", ANSWER_SECONDS)
-        with self._follow(
-            task, Scope(repository, "pull"), Request("HEAD", self._blob_url(repository, digest))
-        ) as reply:
+        task = self.task("looking for a blob", f"/{repository}@{digest}", ANSWER_SECONDS)
+        with self.follow(task, Scope(repository, "pull"), Request("HEAD", self.blob_url(repository, digest))) as reply:
             reply.require(200)
             return _length(reply, task)
 
     def blob(self, repository: str, digest: str, limit: int) -> bytes:
         """A small blob, such as a config, whole and checked. CorruptImage if it has another digest."""
-        task = self._task("fetching a blob", f"/{repository}@{digest}", DOCUMENT_SECONDS)
-        with self._follow(task, Scope(repository, "pull"), Request("GET", self._blob_url(repository, digest))) as reply:
+        task = self.task("fetching a blob", f"/{repository}@{digest}", DOCUMENT_SECONDS)
+        with self.follow(task, Scope(repository, "pull"), Request("GET", self.blob_url(repository, digest))) as reply:
             reply.require(200)
             body = reply.read_all(limit)
         _check_digest(task, digest, body)
@@ -173,8 +168,8 @@ class Client:
         """
         task = self._reading(part, deadline)
         headers = {"Range": f"bytes={part.offset}-{part.offset + part.length - 1}"}
-        request = Request("GET", self._blob_url(part.repository, part.digest), headers)
-        reply = self._from_target(task, part, request) or self._follow(task, Scope(part.repository, "pull"), request)
+        request = Request("GET", self.blob_url(part.repository, part.digest), headers)
+        reply = self._from_target(task, part, request) or self.follow(task, Scope(part.repository, "pull"), request)
         try:
             reply.require(200, 206)
             body = _body(reply, part, task)
@@ -255,66 +250,31 @@ class Client:
         file: BinaryIO,
         progress: Callable[[int], None] = lambda sent: None,
         others: Iterable[str] = (),
+        attempt: Attempt = once,
     ) -> bool:
         """Send a blob from where the file stands, unless the registry has it: False then.
 
         `progress` is told how many bytes have arrived so far. `others` are repositories that may have
-        the blob: the registry is asked to take it from there.
+        the blob: the registry is asked to take it from there. `attempt` runs each step, and may run it again.
         """
-        scope = Scope(repository, "pull,push")
-        task = self._task("pushing a blob", f"/{repository}@{digest}", ANSWER_SECONDS)
-        with self._follow(task, scope, Request("HEAD", self._blob_url(repository, digest))) as reply:
-            if reply.status == 200:
-                return False
-            reply.require(404)
-        if any(self._mount(task, repository, digest, other) for other in others if other != repository):
+        upload = Upload(self, repository, digest)
+        mounts = (partial(upload.mount, other) for other in others if other != repository)
+        if attempt(upload.find) or any(attempt(mount) for mount in mounts):
             return False
-        with self._send(task, scope, Request("POST", self._url(repository, "blobs/uploads/"), body=b"")) as reply:
-            reply.require(202)
-            place = self._upload_url(task, reply)
-        sent = 0
-        while chunk := file.read(UPLOAD_CHUNK):
-            headers = {"Content-Type": "application/octet-stream", "Content-Range": f"{sent}-{sent + len(chunk) - 1}"}
-            place = self._upload(task, scope, Request("PATCH", place, headers, chunk), 202)
-            sent += len(chunk)
-            progress(sent)
-        if sent != size:
-            raise CorruptImage(f"{task.failed}: the file has {sent} bytes instead of {size}")
-        commit = f"{place}{'&' if '?' in place else '?'}digest={digest}"
-        self._upload(task, scope, Request("PUT", commit, {"Content-Type": "application/octet-stream"}, b""), 201)
+        attempt(upload.begin)
+        while chunk := file.read(CHUNK):
+            attempt(partial(upload.send, chunk))
+            progress(upload.sent)
+        if upload.sent != size:
+            raise CorruptImage(f"{upload.failed}: the file has {upload.sent} bytes instead of {size}")
+        attempt(upload.commit)
         return True
 
-    def _mount(self, task: Task, repository: str, digest: str, other: str) -> bool:
-        """Whether the registry has taken the blob from another repository of its own."""
-        scope = Scope(repository, "pull,push", other)
-        query = urlencode({"mount": digest, "from": other})
-        url = f"{self._url(repository, 'blobs/uploads/')}?{query}"
-        try:
-            with self._send(task, scope, Request("POST", url, body=b"")) as reply:
-                if reply.status == 201:
-                    return True
-                place = self._upload_url(task, reply) if reply.status == 202 else ""
-            if place:  # an upload has begun instead: it is not wanted
-                with self._send(task, scope, Request("DELETE", place)):
-                    pass
-        except AccessDenied as error:  # to the other repository: then the blob has to be sent
-            _log.info("no mount from repository=%s: %s", other, error)
-        return False
-
-    def _upload(self, task: Task, scope: Scope, request: Request, want: int) -> str:
-        """One step of an upload; where the next one goes."""
-        seconds = UPLOAD_PATIENCE + len(request.body or b"") / UPLOAD_RATE
-        task = Task(task.failed, time.monotonic() + seconds)
-        request = Request(request.method, request.url, request.headers, request.body, UPLOAD_PATIENCE)
-        with self._send(task, scope, request) as reply:
-            reply.require(want)
-            return self._upload_url(task, reply) if want == 202 else ""
-
-    def _upload_url(self, task: Task, reply: Reply) -> str:
-        location = reply.header("Location")
-        if not location:
-            raise SourceError(f"{task.failed}: {origin(reply.url)} did not say where to upload to")
-        return self._exchange.target(location, reply.url, task)
+    def check_upload(self, repository: str) -> None:
+        """Raise what an upload would, before there is anything to send."""
+        upload = Upload(self, repository)
+        upload.begin()
+        upload.abandon()
 
     def put_manifest(self, repository: str, identifier: str, media_type: str, body: bytes) -> str:
         """Store a manifest or index under a tag or its digest; returns its digest."""
@@ -327,40 +287,44 @@ class Client:
 
     def _put_manifest(self, repository: str, identifier: str, media_type: str, body: bytes) -> str:
         """What the registry says the subject is."""
-        task = self._task("pushing a manifest", f"/{repository}:{identifier}", ANSWER_SECONDS)
-        url = self._url(repository, f"manifests/{identifier}")
+        task = self.task("pushing a manifest", f"/{repository}:{identifier}", ANSWER_SECONDS)
+        url = self.url(repository, f"manifests/{identifier}")
         request = Request("PUT", url, {"Content-Type": media_type}, body)
-        with self._send(task, Scope(repository, "pull,push"), request) as reply:
+        with self.send(task, Scope(repository, "pull,push"), request) as reply:
             reply.require(201)
             return reply.header("OCI-Subject")
 
     # ---- requests -----------------------------------------------------------------------------
 
-    def _task(self, doing: str, thing: str, seconds: float) -> Task:
+    def task(self, doing: str, thing: str, seconds: float) -> Task:
         return Task(f"{doing} failed: {self.registry}{thing}", time.monotonic() + seconds)
 
     def _reading(self, part: Part, deadline: float) -> Task:
         return Task(f"reading a blob failed: {self.registry}/{part.repository}@{part.digest}", deadline)
 
-    def _url(self, repository: str, rest: str) -> str:
+    def url(self, repository: str, rest: str) -> str:
         return f"{self._base}/v2/{quote(repository)}/{quote(rest, safe='/:')}"
 
-    def _blob_url(self, repository: str, digest: str) -> str:
-        return self._url(repository, f"blobs/{digest}")
+    def blob_url(self, repository: str, digest: str) -> str:
+        return self.url(repository, f"blobs/{digest}")
 
-    def _follow(self, task: Task, scope: Scope, request: Request) -> Reply:
+    def follow(self, task: Task, scope: Scope, request: Request) -> Reply:
         """Send, and go where redirects lead."""
-        reply = self._send(task, scope, request)
+        reply = self.send(task, scope, request)
         for _ in range(REDIRECTS_MAX):
             if reply.status not in _REDIRECTS:
                 return reply
             reply.close()
-            target = self._exchange.target(reply.header("Location"), reply.url, task)
-            reply = self._send(task, scope, Request(request.method, target, request.headers))
+            target = self.target(reply, task)
+            reply = self.send(task, scope, Request(request.method, target, request.headers))
         reply.close()
         raise SourceError(f"{task.failed}: {urlsplit(self._base).netloc} redirects more than {REDIRECTS_MAX} times")
 
-    def _send(self, task: Task, scope: Scope, request: Request) -> Reply:
+    def target(self, reply: Reply, task: Task) -> str:
+        """Where an answer sends us."""
+        return self._exchange.target(reply.header("Location"), reply.url, task)
+
+    def send(self, task: Task, scope: Scope, request: Request) -> Reply:
         """Send, logging in if the registry wants that. Only the registry itself is sent a login."""
         if origin(request.url) != origin(self._base):
             return self._exchange.send(task, request)

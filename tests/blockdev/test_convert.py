@@ -30,6 +30,7 @@ from blockdev.registry.client import Client, Document
 from blockdev.root import Root
 from formats import layout, oci
 from tests import ordinary
+from tests.fakes.http_server import Answer, HttpServer
 from tests.images import TAG
 from tests.ordinary import digests, document, lower, make, manifest, upper
 from tests.registries import Registry
@@ -408,6 +409,16 @@ def test_without_room_for_scratch_there_is_no_image(tiny: Path, source: Path, ta
 def test_a_target_that_cannot_be_written_to_is_denied(converter: Converter, tiny: Path, source: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(tiny)], check=True)
     assert "Read-only file system" in _refused(converter, AccessDenied, source, tiny / "block")
+
+
+def test_a_registry_that_takes_nothing_says_so_before_anything_is_made(converter: Converter, source: Path) -> None:
+    with HttpServer(lambda seen: Answer(404 if seen.method == "HEAD" else 403)) as server:
+        client = Client(server.host, NOBODY)
+        target = Repository(client, oci.Reference.parse(f"{server.host}/app:one"))
+        with pytest.raises(AccessDenied):
+            converter(source, target)
+        client.close()
+    assert not converter.root.converted.exists()
 
 
 Change = Callable[[dict[str, Any], dict[str, Any]], object]

@@ -17,6 +17,8 @@ from blockdev.build.depot import Blob, Depot
 from blockdev.build.layout import Layout
 from blockdev.build.repository import Repository
 from blockdev.errors import AccessDenied, CorruptImage, NotFound, SourceError, UsageError
+from blockdev.registry import backoff, exchange
+from blockdev.registry import client as client_module
 from blockdev.registry.client import Client, Document
 from blockdev.registry.exchange import Timeouts
 from formats import oci
@@ -241,3 +243,54 @@ def test_a_registry_without_ranges_is_read_again_and_passed_over() -> None:
 def test_what_a_registry_refuses_is_not_asked_again() -> None:
     with HttpServer(lambda seen: Answer(403)) as server, pytest.raises(AccessDenied):
         _stream(server)
+
+
+class Taking:
+    """A registry that takes one blob in chunks. It is busy, once, at each request that it has not seen yet.
+
+    `lossy`: what it is asked to commit it does before it says that it is busy.
+    """
+
+    def __init__(self, *, lossy: bool = False) -> None:
+        self.content = b""
+        self.done = False
+        self.asked: list[str] = []
+        self._lossy = lossy
+        self._known: set[tuple[str, str]] = set()
+        self.server = HttpServer(self._answer)
+
+    def _answer(self, seen: Seen) -> Answer:
+        self.asked.append(seen.method)
+        step = seen.method, seen.headers.get("content-range", "")
+        busy = step not in self._known
+        self._known.add(step)
+        if busy and not (self._lossy and seen.method == "PUT"):
+            return Answer(429, {"Retry-After": "0"})
+        if seen.method == "HEAD":
+            return Answer(200 if self.done else 404, {"Content-Length": "0"})
+        if seen.method == "PUT":
+            if self.done:
+                return Answer(404)
+            self.done = True
+            return Answer(503 if busy else 201)
+        self.content += seen.body
+        return Answer(202, {"Location": f"/v2/app/blobs/uploads/{len(self.content)}"})
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_a_busy_registry_is_waited_for_at_each_step_of_an_upload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, lossy: bool
+) -> None:
+    monkeypatch.setattr(client_module, "CHUNK", len(CONTENT) // 2)
+    monkeypatch.setattr(backoff, "LIMITED_INTERVAL", 0.01)
+    monkeypatch.setattr(exchange, "BUSY_SECONDS", 0.01)
+    registry = Taking(lossy=lossy)
+    (tmp_path / "content").write_bytes(CONTENT)
+    client = Client(registry.server.host, NOBODY)
+    with registry.server, open(tmp_path / "content", "rb") as file:
+        depot = Repository(client, oci.Reference.parse(f"{registry.server.host}/app:one"))
+        assert depot.put_blob(Blob(DIGEST, len(CONTENT), file.fileno()), lambda arrived: None)
+    client.close()
+    assert oci.digest_of(registry.content) == DIGEST
+    twice = [step for step in ("HEAD", "POST", "PATCH", "PATCH") for _ in range(2)]
+    assert registry.asked == [*twice, "PUT", "HEAD", *([] if lossy else ["PUT"])]

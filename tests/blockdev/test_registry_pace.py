@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from blockdev.errors import SourceError
-from blockdev.registry import client as client_module
-from blockdev.registry.client import UPLOAD_CHUNK, Client, Part
+from blockdev.registry import upload
+from blockdev.registry.client import Client, Part
 from blockdev.registry.exchange import Timeouts
 from formats.oci import digest_of
 from tests.authority import Authority
@@ -191,14 +191,14 @@ def storing(take: Callable[[Visit], object]) -> Talk:
 
 @pytest.mark.parametrize("tls", [False, True])
 def test_a_receiver_may_pause(tls: bool, authority: Authority) -> None:
-    content = os.urandom(UPLOAD_CHUNK)
+    content = os.urandom(upload.CHUNK)
     taken = []
 
     def take(visit: Visit) -> None:
         visit.pause(0.7)
-        first = visit.take(UPLOAD_CHUNK // 2)
+        first = visit.take(upload.CHUNK // 2)
         visit.pause(0.7)
-        taken.append(first + visit.take(UPLOAD_CHUNK // 2))
+        taken.append(first + visit.take(upload.CHUNK // 2))
 
     context = authority.server("127.0.0.1").server_context() if tls else None
     with RawServer(storing(take), context) as server:
@@ -209,8 +209,8 @@ def test_a_receiver_may_pause(tls: bool, authority: Authority) -> None:
 
 
 def test_a_receiver_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "UPLOAD_PATIENCE", 0.3)
-    content = bytes(UPLOAD_CHUNK)
+    monkeypatch.setattr(upload, "PATIENCE", 0.3)
+    content = bytes(upload.CHUNK)
     with RawServer(storing(lambda visit: visit.pause(20))) as server, pytest.raises(SourceError) as caught:
         Client(server.host, NOBODY).upload("app", digest_of(content), len(content), io.BytesIO(content))
     assert_one_sentence(caught.value, "no answer in time")
