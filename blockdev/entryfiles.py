@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blockdev.errors import CorruptImage, DeviceError, EngineError, UsageError, from_os, shortage
-from blockdev.ownfile import open_own, read_own
+from blockdev.ownfile import open_nameless, open_own, read_own
 from blockdev.ranges import data_ranges
 from formats import presence
 from formats.errors import FormatError
@@ -93,11 +93,7 @@ class EntryFiles:
     def open_nameless(cls, blobs: Path, wanted: presence.Head) -> EntryFiles:
         """Empty files beside those of the blob, which others use. They go when they are closed, unless put()."""
         path = path_of(blobs, wanted.blob_digest)
-
-        def nameless(file: Path) -> int:
-            return os.open(file.parent, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
-
-        return cls._open(path, nameless, wanted)
+        return cls._open(path, lambda file: open_nameless(file.parent), wanted)
 
     @classmethod
     def _open(cls, path: Path, opener: Callable[[Path], int], wanted: presence.Head) -> EntryFiles:

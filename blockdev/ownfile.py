@@ -25,6 +25,18 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> int:
     raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
 
 
+def open_nameless(folder: Path) -> int:
+    """A new file that has no name in this folder, and may be given one. OSError, which names the folder if its file
+    system has no such files."""
+    try:
+        return os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        text = f"the file system of {folder} has no files without names (NFS, for one): the root has to be elsewhere"
+        raise OSError(error.errno, text, os.fspath(folder)) from None
+
+
 def read_own(path: Path, limit: int) -> bytes:
     """The first `limit` bytes of a regular file. OSError."""
     with open(open_own(path), "rb", buffering=0) as file:

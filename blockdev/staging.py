@@ -21,6 +21,7 @@ from typing import Self
 from blockdev import entryfiles
 from blockdev.engine import EXTENT_SIZE, crc32c
 from blockdev.errors import CorruptImage, from_os
+from blockdev.ownfile import open_nameless
 from blockdev.ranges import write_at
 from formats import presence
 
@@ -78,7 +79,7 @@ class Copy:
             os.close(self._fds.pop())
 
     def _nameless(self) -> int:
-        self._fds.append(os.open(self._path.parent, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600))
+        self._fds.append(open_nameless(self._path.parent))
         return self._fds[-1]
 
     def __enter__(self) -> Self:

@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from blockdev import entryfiles
 from blockdev.errors import from_os
+from blockdev.ownfile import open_nameless
 from blockdev.replacement import replacing
 from blockdev.root import Root
 from blockdev.staging import digest_of
@@ -63,7 +64,7 @@ class Workshop:
     def scratch(self) -> BinaryIO:
         """A file without a name for a layer in the making; it ends with the workshop, or when it is closed."""
         try:
-            fd = os.open(self._root.path, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+            fd = open_nameless(self._root.path)
         except OSError as error:
             raise from_os("making a scratch file failed", error, str(self._root.path)) from None
         return self._open.enter_context(os.fdopen(fd, "r+b", buffering=0))
