@@ -8,15 +8,15 @@ mappers and partitions are followed; what is behind an NBD device or in another 
 from __future__ import annotations
 
 import os
-import stat
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from blockdev import syscalls
 from blockdev.syscalls import MountEntry
 
-_DEVICES = Path("/sys/dev/block")
 _SWAPS = Path("/proc/swaps")
+_SWAP = re.compile(r"^([^ \t\n]+)[ \t]+(partition|file)[ \t]", re.MULTILINE)  # a line of it; containers may see others
 
 
 def mounts_beneath(path: Path) -> list[MountEntry]:
@@ -35,10 +35,13 @@ def mounts_beneath(path: Path) -> list[MountEntry]:
 def swap_beneath() -> list[list[MountEntry]]:
     """The same for each file that this machine swaps to, through whatever device."""
     found: list[list[MountEntry]] = []
-    for line in _SWAPS.read_text(errors="surrogateescape").splitlines()[1:]:
-        path = Path(syscalls.unescape(line.split()[0]))
-        kind = path.stat()
-        files = _files_of(kind.st_rdev) if stat.S_ISBLK(kind.st_mode) else [str(path)]
+    try:
+        table = syscalls.kernel_text(_SWAPS)
+    except FileNotFoundError:  # a kernel that swaps to nothing
+        return []
+    for name, kind in _SWAP.findall(table):
+        path = syscalls.unescape(name)
+        files = [path] if kind == "file" else _files_of(_number_of(path))
         found += [mounts_beneath(Path(file)) for file in files]
     return found
 
@@ -53,27 +56,28 @@ def _device_of(entry: MountEntry) -> int:
     """The block device a file system is on; 0 if it is on none, or none that can be told."""
     if entry.major:
         return os.makedev(entry.major, entry.minor)
-    if not entry.source.startswith("/dev/"):
-        return 0
+    return _number_of(entry.source) if entry.source.startswith("/dev/") else 0  # btrfs: its own is no device's
+
+
+def _number_of(path: str) -> int:
     try:
-        return Path(entry.source).stat().st_rdev  # btrfs, whose own number is no device's
-    except OSError:
+        return Path(path).stat().st_rdev
+    except OSError:  # a container sees names that only its host has
         return 0
 
 
 def _files_of(device: int) -> Iterator[str]:
     """The files that loop devices below a block device are attached to."""
-    folder = _DEVICES / f"{os.major(device)}:{os.minor(device)}"
-    if not device or not folder.exists():
-        return
-    if (folder / "partition").exists():
-        folder = folder.resolve().parent
-    for slave in folder.glob("slaves/*/dev"):
-        major, minor = map(int, slave.read_text().split(":"))
-        yield from _files_of(os.makedev(major, minor))
-    try:
-        file = (folder / "loop/backing_file").read_text(errors="surrogateescape").rstrip("\n")
-    except FileNotFoundError:
-        return
-    if file != syscalls.NOWHERE:
+    if device:
+        with syscalls.sysfs() as tree:
+            yield from _files_behind(tree / f"dev/block/{os.major(device)}:{os.minor(device)}")
+
+
+def _files_behind(device: Path) -> Iterator[str]:
+    if (device / "partition").exists():
+        device = device / ".."
+    for slave in device.glob("slaves/*"):
+        yield from _files_behind(slave)
+    file = syscalls.file_behind(device)
+    if file not in (None, syscalls.NOWHERE):
         yield file

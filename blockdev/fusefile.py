@@ -118,10 +118,10 @@ def _run_fusermount(arguments: list[str], path: Path, *, commfd: int = -1) -> No
     environment = {**os.environ, "_FUSE_COMMFD": str(commfd)} if passed else None
     try:
         result = subprocess.run(
-            [_FUSERMOUNT, *arguments], pass_fds=passed, env=environment, capture_output=True, text=True, check=False
+            [_FUSERMOUNT, *arguments], pass_fds=passed, env=environment, capture_output=True, check=False
         )
     except OSError as error:
         raise DeviceError(f"{_FUSERMOUNT} failed: {path}: {error.strerror}") from error
     if result.returncode != 0:
-        why = result.stderr.strip().removeprefix(f"{_FUSERMOUNT}: ") or f"exit status {result.returncode}"
+        why = os.fsdecode(result.stderr).strip().removeprefix(f"{_FUSERMOUNT}: ") or f"exit status {result.returncode}"
         raise DeviceError(f"{_FUSERMOUNT} failed: {path}: {why}")

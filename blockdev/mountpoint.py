@@ -48,6 +48,7 @@ EROFS_FROM_FILE_SINCE = (7, 0)
 EROFS_FROM_FILE_STABLE = {(6, 12): 80, (6, 18): 21}
 LINK = "ociblk-"  # and the number of the connection: what EROFS of ours was mounted from, in the mount table
 LOOP_NAME = "ociblk"  # of our loop devices; a space and the root follow, where there is room
+_NOT_FOR_US = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENXIO}  # a loop device of others; detached by now
 LINKS_MAX = 40  # symbolic links followed in a path, as in the kernel
 
 
@@ -300,19 +301,20 @@ def _ours(entry: MountEntry) -> Mounted | None:
 
 
 def _through_loop(point: Path, entry: MountEntry) -> Mounted | None:
-    if syscalls.loop_file(entry.minor) != syscalls.NOWHERE:
-        return None  # a foreign one is not asked: its file need not answer
     try:
-        status = syscalls.loop_status(entry.minor)
+        number = syscalls.loop_number(entry.minor)
+        if number is None or syscalls.loop_file(number) != syscalls.NOWHERE:
+            return None  # a foreign one is not asked: its file need not answer
+        status = syscalls.loop_status(number)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.ENXIO):  # another user's; detached by now
+        if error.errno in _NOT_FOR_US:
             return None
         raise DeviceError(f"looking at a mount failed: {error.filename}: {error.strerror}") from error
     name, _, root = status.name.partition(" ")
     if name != LOOP_NAME:
         return None
     whose = Path(root) if root else None
-    return Mounted(point, entry.kind, status.file_device, f"/dev/loop{entry.minor}", whose, not status.read_only)
+    return Mounted(point, entry.kind, status.file_device, f"/dev/loop{number}", whose, not status.read_only)
 
 
 def _umount_or_fail(point: Path, flags: int) -> None:

@@ -9,13 +9,14 @@ device_of(), which is for files that are served. The only user of ctypes.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -45,7 +46,7 @@ _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
 _CLOEXEC = 1  # of fsopen and fsmount
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
 
-_FUSE_CONNECTIONS = Path("/sys/fs/fuse/connections")
+_SYS = Path("/sys")
 
 LOOP_MAJOR = 7
 NOWHERE = "/"  # what loop_file() is for a file that is mounted nowhere and is all of its file system
@@ -153,6 +154,27 @@ def sync_file_system(fd: int) -> None:
         raise _failure(Path(f"/proc/self/fd/{fd}"))
 
 
+# ---- what the kernel says in files ----
+
+
+def kernel_text(file: Path) -> str:
+    """A file of /proc or /sys, unchanged: a name in it may have bytes that Python takes for the end of a line."""
+    return os.fsdecode(file.read_bytes())
+
+
+@contextlib.contextmanager
+def sysfs() -> Iterator[Path]:
+    """/sys; where it is not mounted (in a chroot), one of our own, for who may mount."""
+    if (_SYS / "dev/block").is_dir():
+        yield _SYS
+        return
+    folder = mount_nowhere("sysfs", flags=MS_RDONLY, options={})
+    try:
+        yield Path(f"/proc/self/fd/{folder}")
+    finally:
+        os.close(folder)
+
+
 # ---- the mount table ----
 
 
@@ -176,8 +198,7 @@ def unescape(field: str) -> str:
 def mounts() -> list[MountEntry]:
     """What is mounted in this process's namespace, in the order it was mounted."""
     entries = []
-    table = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
-    for line in table.split("\n")[:-1]:
+    for line in kernel_text(Path("/proc/self/mountinfo")).split("\n")[:-1]:
         before, _, after = line.partition(" - ")
         fields, (kind, source, options, *_) = before.split(" "), after.split(" ")
         major, _, minor = fields[2].partition(":")
@@ -222,7 +243,7 @@ def abort_fuse(connection: int) -> None:
     if os.geteuid() == 0:
         folder = mount_nowhere("fusectl", flags=0, options={})  # in containers nobody has mounted it
     else:
-        folder = os.open(_FUSE_CONNECTIONS, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder = os.open(_SYS / "fs/fuse/connections", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         switch = os.open(f"{connection}/abort", os.O_WRONLY | os.O_CLOEXEC, dir_fd=folder)
         try:
@@ -251,7 +272,7 @@ class LoopDevice:
     @property
     def direct(self) -> bool:
         """Whether it reads its file past the page cache."""
-        return Path(f"/sys/block/loop{self.number}/loop/dio").read_text().strip() == "1"
+        return _loop_status(self.fd, self.path).direct
 
     def __enter__(self) -> Self:
         return self
@@ -288,11 +309,30 @@ def attach_loop(file: Path, *, writable: bool = False, name: str = "") -> LoopDe
                 os.close(fd)
 
 
+def loop_number(minor: int) -> int | None:
+    """Of the loop device with this minor number, which is another one where loop devices can have partitions."""
+    with sysfs() as tree:
+        try:
+            device = (tree / f"dev/block/{LOOP_MAJOR}:{minor}").readlink().name
+        except FileNotFoundError:
+            return None
+    match = re.fullmatch(r"loop(\d+)", device)
+    return int(match[1]) if match else None
+
+
 def loop_file(number: int) -> str | None:
     """The path of what a loop device is attached to; None if it is not attached."""
+    with sysfs() as tree:
+        return file_behind(tree / f"block/loop{number}")
+
+
+def file_behind(device: Path) -> str | None:
+    """The same of a block device's folder in sysfs; None also if it is no loop device."""
     try:
-        return Path(f"/sys/block/loop{number}/loop/backing_file").read_text(errors="surrogateescape")[:-1]
-    except FileNotFoundError:
+        return kernel_text(device / "loop/backing_file")[:-1]
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):  # none, or not any more
+            raise
         return None
 
 
@@ -302,19 +342,27 @@ class LoopStatus(NamedTuple):
     file_device: int  # the minor number of the device that its file is on
     name: str  # that attach_loop() gave it
     read_only: bool
+    direct: bool  # whether it reads its file past the page cache
 
 
 def loop_status(number: int) -> LoopStatus:
-    """Waits for the server of a FUSE file, unless that has said that its attributes never change, as ours do.
-    """
+    """Waits for the server of a FUSE file, unless that has said that its attributes never change, as ours do."""
+    path = f"/dev/loop{number}"
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _loop_status(fd, path)
+    finally:
+        os.close(fd)
+
+
+def _loop_status(fd: int, path: str) -> LoopStatus:
     status = bytearray(_LOOP_INFO64.size)
-    fd = os.open(f"/dev/loop{number}", os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.ioctl(fd, _LOOP_GET_STATUS64, status)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, f"/dev/loop{number}") from None
-    finally:
-        os.close(fd)
+        raise OSError(error.errno, error.strerror, path) from None
     fields = _LOOP_INFO64.unpack(status)
-    name = fields[_LOOP_NAME].rstrip(b"\0").decode(errors="surrogateescape")
-    return LoopStatus(os.minor(fields[0]), name, bool(fields[_LOOP_FLAGS] & _LO_FLAGS_READ_ONLY))
+    name, flags = os.fsdecode(fields[_LOOP_NAME].rstrip(b"\0")), fields[_LOOP_FLAGS]
+    return LoopStatus(
+        os.minor(fields[0]), name, bool(flags & _LO_FLAGS_READ_ONLY), bool(flags & _LO_FLAGS_DIRECT_IO)
+    )

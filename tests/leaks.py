@@ -11,7 +11,6 @@ not started with that variable, is ever touched.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import tempfile
@@ -32,13 +31,7 @@ KILL_WAIT = 5.0  # seconds a killed process may take to disappear
 
 def mounts(run: Path) -> list[str]:
     """Mount points under the run's directory, the innermost first."""
-    found = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        # The kernel writes space, tab, newline and backslash as octal escapes.
-        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), line.split()[4])
-        if point.startswith(f"{run}/"):
-            found.append(point)
-    return found[::-1]
+    return [entry.point for entry in reversed(syscalls.mounts()) if entry.point.startswith(f"{run}/")]
 
 
 def loops(run: Path) -> list[str]:

@@ -453,3 +453,20 @@ def test_a_user_mounts_a_file_through_fusermount(tmp_path: Path) -> None:
     shell = ["unshare", "--mount", "sh", "-ec", AS_A_USER, "sh", str(tmp_path / "fuse"), sys.executable, code]
     result = subprocess.run(shell, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, f"{file}\n", "")
+
+
+def test_what_fusermount_says_of_a_name_need_not_be_text(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    file = tmp_path / "home" / "\udcff"
+    file.touch()
+    open_to_users(file.parent)
+    code = (
+        "from pathlib import Path; from blockdev import errors, mountpoint\n"
+        "try:\n"
+        f"  with mountpoint.mount_file(Path({str(file)!r})): pass\n"
+        "except errors.DeviceError as error: print(ascii(str(error)))\n"
+    )
+    shell = ["unshare", "--mount", "sh", "-ec", AS_A_USER, "sh", str(tmp_path / "fuse"), sys.executable, code]
+    result = subprocess.run(shell, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.count("\\udcff") == 2

@@ -146,6 +146,27 @@ def test_a_mount_interrupted_in_the_kernel_is_undone(
     assert until(lambda: devices(run) == [])
 
 
+def test_without_sys_there_are_mounts_all_the_same(tmp_path: Path, root: Root, ociblk: str, ext4: Path) -> None:
+    """As in a chroot."""
+    (target := tmp_path / "mnt").mkdir()
+    script = f"""{leaks.FORGET_MOUNTS}
+umount --lazy --recursive /sys
+export OCIBLK_ROOT={root.path}
+{ociblk} mount {ext4} {target}
+ls {target}/etc > {tmp_path}/listed
+{ociblk} umount {target}
+{ociblk} create {tmp_path}/data {tmp_path}/index --size 64m
+{ociblk} mount --rw --upper {tmp_path}/data {tmp_path}/index {ext4} {target}
+touch {target}/new
+{ociblk} umount {target}
+{ociblk} daemon --stop
+! grep {tmp_path} /proc/self/mountinfo
+"""
+    done = subprocess.run(["unshare", "--mount", "sh", "-ec", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "listed").read_text()
+
+
 def test_a_file_that_is_mounted_is_refused_without_asking_its_server(tmp_path: Path, root: Root, run: Run) -> None:
     file = tmp_path / "file"
     assert run("mount", "--raw", LAYER, file).returncode == 0
