@@ -150,14 +150,14 @@ class EntryFiles:
 
     def sync(self) -> None:
         """All that is in the files, and the files' names, are on the disk."""
-        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            for fd in (self.data_fd, self.map_fd, directory):
-                os.fsync(fd)
+            with ExitStack() as undo:
+                directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                undo.callback(os.close, directory)
+                for fd in (self.data_fd, self.map_fd, directory):
+                    os.fsync(fd)
         except OSError as error:
             raise from_os("sync cache entry", error, str(self._path)) from error
-        finally:
-            os.close(directory)
 
     def write_seal(self) -> None:
         """Say durably that the blob is whole and its digest right. sync() comes before."""

@@ -216,7 +216,10 @@ class Remotes:
         """Fetch a new image's config, which nobody waits for: no layer needs it."""
         if config.size <= DOCUMENT_SIZE_MAX and self._catalog.document(config.digest) is None:
             arguments = (reference, access, config.digest)
-            threading.Thread(target=self._fetch_config, args=arguments, name="config", daemon=True).start()
+            try:
+                threading.Thread(target=self._fetch_config, args=arguments, name="config", daemon=True).start()
+            except RuntimeError as error:  # no thread to be had
+                log.warning("config not kept image=%s: %s", reference, error)
 
     def _fetch_config(self, reference: Reference, access: Access, digest: str) -> None:
         with ExitStack() as undo:

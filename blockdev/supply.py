@@ -75,7 +75,6 @@ class Supply:
         self.backoff = Backoff()  # of every host that this owner talks to
         self._cache = cache
         self._pool = Pool(engine, backoff=self.backoff)
-        self._started = False
         self._open: dict[int, _Open] = {}  # by blob id
         self._tables: list[Units] = []  # for each use of a blob the one that it is held against
         self._lock = threading.Lock()  # of the above; held for local file operations only
@@ -142,9 +141,8 @@ class Supply:
             raise EngineError(f"opening a blob failed: {why}")
 
     def _start(self) -> None:
-        if not self._started:
-            self._started = True
-            self._pool.start()
+        self._pool.start()
+        if self._verifier.ident is None:
             self._verifier.start()
 
     def blob_whole(self, id: int) -> None:
@@ -188,21 +186,29 @@ class Supply:
         """Wait for the threads of a stopped engine; False if some is stuck after `timeout` seconds."""
         self._whole.put(None)
         gone = self._pool.join(timeout)
-        if self._started:
+        if self._verifier.ident is not None:
             self._verifier.join(timeout)
         return gone and not self._verifier.is_alive()
 
     def _verify_all(self) -> None:
         while (id := self._whole.get()) is not None:
-            entry = self._cache.by_id(id)
-            if entry is None:  # closed meanwhile: it is checked when it is next opened
-                continue
             try:
-                if not entry.verified and entry.verify_here():
-                    log.info("blob verified digest=%s size=%d", entry.digest, entry.blob.size)
+                self._verify(id)
             except EngineStopped:
                 return
-            except BlockdevError as error:
-                log.warning("blob not verified digest=%s reason=%s", entry.digest, error)
-            finally:
-                entry.close()
+            except Exception:  # without this thread no blob is verified any more
+                log.exception("blob not verified blob=%d", id)
+
+    def _verify(self, id: int) -> None:
+        entry = self._cache.by_id(id)
+        if entry is None:  # closed meanwhile: it is checked when it is next opened
+            return
+        try:
+            if not entry.verified and entry.verify_here():
+                log.info("blob verified digest=%s size=%d", entry.digest, entry.blob.size)
+        except EngineStopped:
+            raise
+        except BlockdevError as error:
+            log.warning("blob not verified digest=%s reason=%s", entry.digest, error)
+        finally:
+            entry.close()

@@ -75,8 +75,10 @@ class Pool:
         self._threads.append(threading.Thread(target=self._probe, name="probe", daemon=True))
 
     def start(self) -> None:
+        """Those that do not run yet: may be called again, and is to be if there was no thread to be had."""
         for thread in self._threads:
-            thread.start()
+            if thread.ident is None:
+                thread.start()
 
     def attach(self, id: int, blob: Blob, source: Source) -> None:
         """Misses of blob `id` are answered by this source from now on."""
