@@ -67,6 +67,7 @@ class NbdTransport:
 
     def attach(self, image: OpenImage) -> None:
         self._server = NbdServer(self._listener, image.image, name=self._export)
+        self._server.start()
 
     def detach(self, *, timeout: float) -> None:
         if self._server:

@@ -42,6 +42,7 @@ def served(
 ) -> Iterator[NbdServer]:
     """The image behind a listening socket. The only one to take this engine's events."""
     server = NbdServer(listener, image, name=name, negotiation_seconds=negotiation_seconds)
+    server.start()
     wake = os.eventfd(0)
     events = threading.Thread(target=_pass_on, args=(engine, server, wake), name="events")
     events.start()

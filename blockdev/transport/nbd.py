@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from blockdev.descriptors import KEPT_FROM_CLIENTS, scarce
-from blockdev.errors import BlockdevError, UsageError
+from blockdev.errors import BlockdevError, EngineError, UsageError
 from formats.errors import FormatError
 from formats.nbdwire import Closed, Export, Go, Negotiation
 
@@ -76,7 +76,7 @@ class _Connection:
 
 
 class NbdServer:
-    """Serves an image as export `name`, which is the default one too, from construction to stop().
+    """Serves an image as export `name`, which is the default one too, from start() to stop().
 
     The listening socket becomes the server's.
     """
@@ -103,7 +103,16 @@ class NbdServer:
         self._listener.setblocking(False)
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._run, name="nbd-accept")
-        self._thread.start()
+
+    def start(self) -> None:
+        """Begin to accept; connection_closed() has to reach it by now. EngineError: there is no thread."""
+        try:
+            self._thread.start()
+        except RuntimeError:  # Python's word for EAGAIN
+            self._stopping = True
+            self._selector.close()
+            os.close(self._wake)
+            raise EngineError(f"serve over NBD: export {self._name!r}: no thread can be started") from None
 
     @property
     def connections(self) -> int:

@@ -7,6 +7,7 @@ import os
 import random
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,13 +15,17 @@ from pathlib import Path
 
 import pytest
 
+from blockdev.device import NbdTransport
 from blockdev.engine import Engine, LayerKind, LayerTable
-from blockdev.errors import UsageError
+from blockdev.errors import EngineError, UsageError
 from blockdev.transport import nbd
 from blockdev.transport.nbd import NbdServer, tcp_uri, unix_uri
+from tests import stacks
+from tests.opened import opened_bytes
 from tests.served import served, unix_listener
 
 DISK = random.Random(4).randbytes(1 << 20)
+LAYER = stacks.Plan(2048, ()).build()
 WAIT = 60.0  # seconds for anything that must happen, on a busy machine
 
 
@@ -44,6 +49,10 @@ def serving(path: Path, seconds: float = 10.0, name: str = "") -> Iterator[NbdSe
         file = stack.enter_context(blob.open_raw(0, len(DISK)))
         image = stack.enter_context(engine.open_image([LayerTable(LayerKind.FLAT, file, file)], len(DISK)))
         yield stack.enter_context(served(engine, image, unix_listener(path), name=name, negotiation_seconds=seconds))
+
+
+def open_descriptors() -> set[str]:
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
 
 
 def connect(path: Path) -> socket.socket:
@@ -196,3 +205,29 @@ def test_uris_are_percent_encoded() -> None:
     assert unix_uri("/s", "a/b ü") == "nbd+unix:///a%2Fb%20%C3%BC?socket=/s"
     assert tcp_uri("localhost", 10809, "x y") == "nbd://localhost:10809/x%20y"
     assert tcp_uri("fe80::1%eth0", 1) == "nbd://[fe80::1%25eth0]:1/"
+
+
+def test_nobody_is_heard_before_its_connections_end_can_be_told(tmp_path: Path) -> None:
+    with Engine() as engine, opened_bytes(engine, LAYER) as image:
+        server = NbdServer(unix_listener(tmp_path / "s"), image.image)
+        assert "nbd-accept" not in [thread.name for thread in threading.enumerate()]
+        server.start()
+        with connect(tmp_path / "s") as client:
+            assert receive(client, 8) == b"NBDMAGIC"
+        server.stop(time.monotonic() + WAIT)
+
+
+def test_a_server_for_which_there_is_no_thread_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with Engine() as engine, opened_bytes(engine, LAYER) as image:
+        transport = NbdTransport(unix_listener(tmp_path / "s"), "")
+        before = open_descriptors()
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(EngineError, match="no thread"):
+            transport.attach(image)
+        assert open_descriptors() == before
+        transport.detach(timeout=0)
