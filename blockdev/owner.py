@@ -283,14 +283,13 @@ class Owner:
 
     def drain(self, timeout: float) -> None:
         """End every device, side by side; requests in hand get `timeout` seconds. What was written may be
-        under way to its disk yet: finish_writing() waits for that."""
+        under way to its disk yet, or not begun for want of a thread: finish_writing() sees to that."""
         with self._lock:
             self._stopping.set()
         self._ending = self.devices()
-        for device in self._ending:
-            self._begin_to_end(device, timeout)
+        begun = [device for device in self._ending if self._begin_to_end(device, timeout)]
         deadline = time.monotonic() + timeout + _CLOSE_LIMIT
-        for device in self._ending:
+        for device in begun:
             device.wait(max(0.0, deadline - time.monotonic()))
         self._engine.stop()
 
@@ -311,7 +310,8 @@ class Owner:
                 self._begin_to_end(device, 0)
         return min(self._unended.values(), default=math.inf)
 
-    def _begin_to_end(self, device: Device, timeout: float) -> None:
+    def _begin_to_end(self, device: Device, timeout: float) -> bool:
+        """False if there is no thread for it, and flushing it here would take as long as its disk does."""
         def end() -> None:
             with suppress(BlockdevError):  # the device has logged it, and keeps it for whoever asks
                 device.drain(timeout)
@@ -319,11 +319,13 @@ class Owner:
         try:
             threading.Thread(target=end, name=f"end-{device.id}", daemon=True).start()
         except RuntimeError:  # Python's word for EAGAIN
-            if self._stopping.is_set():
+            if self._stopping.is_set() and not device.stack.writable:
                 end()
-                return
+                return True
             log.warning("device ends later id=%d reason=no thread can be started", device.id)
             self._unended[device.id] = time.monotonic() + _RETRY
+            return False
+        return True
 
     def close(self) -> None:
         """Free the engine, unless a thread is stuck in it: then this process is about to end anyway."""
