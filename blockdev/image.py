@@ -153,12 +153,14 @@ def _open_layers(blobs: Sequence[NamedBlob], undo: ExitStack) -> list[Layer]:
         layers = [open_layer(blobs[0])]
         undo.callback(layers[0].close)
         return layers
+
+    def open_one(source: NamedBlob) -> Layer:
+        layer = open_layer(source)
+        undo.callback(layer.close)  # by whoever opens it: asking for one may fail, and it be opened all the same
+        return layer
+
     with ThreadPoolExecutor(min(_OPEN_THREADS, len(blobs) or 1), "open") as pool:
-        opening = [pool.submit(open_layer, source) for source in blobs]
-    for future in opening:
-        if future.exception() is None:
-            undo.callback(future.result().close)
-    return [future.result() for future in opening]
+        return list(pool.map(open_one, blobs))
 
 
 def _size_of(layers: Sequence[Layer]) -> int:

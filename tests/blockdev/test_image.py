@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from blockdev import image
 from blockdev.cache import Cache
 from blockdev.config import Policy
 from blockdev.engine import Engine
-from blockdev.errors import CorruptImage, SourceError, UsageError
+from blockdev.errors import CorruptImage, EngineError, SourceError, UsageError
 from blockdev.fetch.pool import Pool
 from blockdev.image import OpenImage, open_image
-from blockdev.layer import NamedBlob
+from blockdev.layer import Layer, NamedBlob, open_layer
 from formats import zfile
 from tests import stacks
 from tests.fakes.memory_source import MemorySource
@@ -135,3 +136,30 @@ def test_a_stack_whose_source_is_down_fails_within_its_policy(remote: Remote) ->
     with pytest.raises(SourceError, match=remote.blobs[1].name):
         open_image(remote.engine, remote.blobs)
     assert time.monotonic() - start < WAIT
+
+
+def test_a_thread_that_cannot_be_had_leaves_no_layer_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Layer] = []
+    threads: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def open_noted(blob: NamedBlob) -> Layer:
+        opened.append(open_layer(blob))
+        return opened[-1]
+
+    def start_one(thread: threading.Thread) -> None:
+        if threads:
+            raise RuntimeError("can't start new thread")
+        threads.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(image, "open_layer", open_noted)
+    with Engine(work_threads=1) as engine, ExitStack() as stack:
+        blobs = [memory_blob(engine, f"layer {place}", LAYER, stack) for place in range(8)]
+        monkeypatch.setattr(threading.Thread, "start", start_one)
+        with pytest.raises(RuntimeError, match="new thread"):
+            open_image(engine, blobs)
+        for layer in opened:
+            with pytest.raises(EngineError, match="used after close"):
+                layer.table.file.read_at(0, 1)
+    assert opened
