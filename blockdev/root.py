@@ -75,7 +75,7 @@ class Root:
         that has not left within `timeout` seconds. The lock ends with release() or this process."""
         with self._refusals("opening the lock"):
             fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        if not _lock_within(fd, timeout):
+        if not lock_within(fd, timeout):
             os.close(fd)
             holder = self.holder() or "another process"
             raise DeviceError(f"taking the root failed: {self.path}: it is owned by {holder}")
@@ -93,10 +93,11 @@ class Root:
 
     def holder(self) -> str | None:
         """"name pid" as the last owner wrote it; None if it left in order or never was."""
-        try:
-            return read_own(self.lock, _LOCK_TEXT_MAX).decode(errors="replace").strip() or None
-        except FileNotFoundError:
-            return None
+        with self._refusals("reading the lock"):
+            try:
+                return read_own(self.lock, _LOCK_TEXT_MAX).decode(errors="replace").strip() or None
+            except FileNotFoundError:
+                return None
 
     def owned(self) -> bool:
         """Whether some process holds the lock now. Takes it for an instant if none does."""
@@ -108,7 +109,7 @@ class Root:
             except NotADirectoryError:
                 raise NotFound(f"opening the lock failed: {self.path}: it is no directory") from None
         try:
-            return not _lock_within(fd, 0)
+            return not lock_within(fd, 0)
         finally:
             os.close(fd)
 
@@ -117,7 +118,7 @@ class Root:
         """Held by the one client that starts an owner; others wait their turn."""
         fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            if not _lock_within(fd, timeout):
+            if not lock_within(fd, timeout):
                 raise DeviceError(f"starting the owner failed: {self.path}: another command is still trying")
             yield
         finally:
@@ -183,7 +184,8 @@ class Root:
             raise kind(f"{what} failed: {error.filename or self.path}: {error.strerror or error}") from None
 
 
-def _lock_within(fd: int, timeout: float) -> bool:
+def lock_within(fd: int, timeout: float) -> bool:
+    """flock() it, alone; False if somebody else has it for so many seconds."""
     deadline = time.monotonic() + timeout
     while True:
         try:

@@ -24,13 +24,14 @@ from blockdev.cli import add_image_options, add_upper_options, text
 from blockdev.cli.ask import image_request, locate_upper
 from blockdev.config import parse_path
 from blockdev.errors import AccessDenied, DeviceError, UsageError, from_os
-from blockdev.root import Root
+from blockdev.root import Root, lock_within
 from blockdev.transport.nbd import tcp_uri, unix_uri
 
 _LOOPBACK = "127.0.0.1"
 _BACKLOG = 128
 _DRAIN_LIMIT = 10.0  # seconds; the owner gives requests in hand 5
 _PROBE_LIMIT = 5.0  # seconds for a server at our path to accept
+_TURN_LIMIT = 30.0  # seconds for others who make sockets in the same directory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,11 +125,11 @@ def _listening_on(host: str, port: int) -> socket.socket:
 def _listening_at(path: Path) -> Iterator[socket.socket]:
     listener = socket.socket(socket.AF_UNIX)
     try:
-        _remove_stale(path)
-        with control.address_of(path) as address:
+        with _alone_in(path.parent), control.address_of(path) as address:
+            _remove_stale(path)
             listener.bind(address)
-        ours = path.lstat()
-        listener.listen(_BACKLOG)
+            listener.listen(_BACKLOG)
+            ours = path.lstat()
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
@@ -141,6 +142,18 @@ def _listening_at(path: Path) -> Iterator[socket.socket]:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(ours, path.lstat()):  # else somebody has put another one there
                 path.unlink()
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Of those who make a socket there: what one finds stale may be another's new one by the time it is removed."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if not lock_within(fd, _TURN_LIMIT):
+            raise DeviceError(f"listening failed: {folder}: another process keeps it locked")
+        yield
+    finally:
+        os.close(fd)
 
 
 def _remove_stale(path: Path) -> None:

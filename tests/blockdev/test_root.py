@@ -130,3 +130,5 @@ def test_a_lock_that_is_a_fifo_has_no_holder(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "lock")
     with pytest.raises(AccessDenied, match="no regular file"):
         Root(tmp_path).owned()
+    with pytest.raises(AccessDenied, match="no regular file"):
+        Root(tmp_path).holder()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -137,6 +138,24 @@ def test_a_socket_in_use_is_refused_and_left_alone(tmp_path: Path, run: Run, sta
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(tmp_path / "s"))
         assert greets(client)
+
+
+def test_a_socket_is_not_taken_for_stale_that_another_has_just_made(tmp_path: Path, start: Start) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / "s"))
+    turn = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    serving = start("serve", LAYER, "--socket", tmp_path / "s")
+    files = Path(f"/proc/{serving.pid}/fd")
+    assert until(lambda: any(file.resolve() == tmp_path for file in files.iterdir()))  # it waits for its turn
+    (tmp_path / "s").unlink()
+    with socket.socket(socket.AF_UNIX) as live:
+        live.bind(str(tmp_path / "s"))
+        live.listen()
+        os.close(turn)
+        code, errors = ended(serving)
+        assert (code, errors) == (7, f"ociblk: listening failed: {tmp_path / 's'}: a server listens there\n")
+    assert (tmp_path / "s").exists()
 
 
 def test_a_file_in_the_place_of_the_socket_is_refused_and_left_alone(tmp_path: Path, run: Run) -> None:
