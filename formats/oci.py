@@ -3,13 +3,15 @@
 
 Reads the OCI image specification 1.1 and Docker's image manifest 2.2 alike, and writes
 either. Documents are JSON; what is built is canonical (sorted keys, no spaces), so equal
-values have equal digests. Fields that nobody here reads are ignored.
+values have equal digests. Fields that nobody here reads are ignored, and kept (`more`) where
+others' words are written again: in an index and its entries.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -191,7 +193,7 @@ class Platform:
 
 @dataclass(frozen=True)
 class Descriptor:
-    """A blob or document: what it is, its digest and its size in bytes."""
+    """A blob or document: what it is, its digest and its size in bytes. more: other fields, kept as they are."""
 
     media_type: str
     digest: str
@@ -199,10 +201,11 @@ class Descriptor:
     annotations: Mapping[str, str] = field(default_factory=dict)
     platform: Platform | None = None
     artifact_type: str = ""
+    more: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
     def build(self) -> dict[str, Any]:
         """As a JSON object."""
-        document: dict[str, Any] = {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
+        document = {**self.more, "mediaType": self.media_type, "digest": self.digest, "size": self.size}
         if self.artifact_type:
             document["artifactType"] = self.artifact_type
         if self.annotations:
@@ -239,16 +242,17 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Index:
-    """Several images under one name, usually one a platform."""
+    """Several images under one name, usually one a platform. more: other fields, kept as they are."""
 
     manifests: tuple[Descriptor, ...]
     media_type: str = OCI_INDEX
     annotations: Mapping[str, str] = field(default_factory=dict)
     referral: Referral | None = None
+    more: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
     def build(self) -> bytes:
         """Canonical JSON."""
-        document: dict[str, Any] = {"schemaVersion": 2, "mediaType": self.media_type}
+        document = {**self.more, "schemaVersion": 2, "mediaType": self.media_type}
         document["manifests"] = [manifest.build() for manifest in self.manifests]
         return _build(document, self.annotations, self.referral)
 
@@ -297,7 +301,8 @@ def parse_manifest(document: bytes) -> Manifest | Index:
     annotations = _annotations(top, "manifest")
     if "manifests" in top:
         _expect(media_type, INDEX_TYPES)
-        return Index(_descriptors(top, "manifests"), media_type or OCI_INDEX, annotations)
+        more = _without(top, "schemaVersion", "mediaType", "manifests", "annotations")
+        return Index(_descriptors(top, "manifests"), media_type or OCI_INDEX, annotations, more=more)
     _expect(media_type, MANIFEST_TYPES)
     config = _descriptor(top.get("config"), "config")
     return Manifest(config, _descriptors(top, "layers"), media_type or OCI_MANIFEST, annotations)
@@ -313,9 +318,17 @@ def load(document: bytes, name: str) -> dict[str, Any]:
     if len(document) > DOCUMENT_SIZE_MAX:
         raise FormatError(f"{name} of {len(document)} bytes, at most {DOCUMENT_SIZE_MAX}")
     try:
-        return _object(json.loads(document), name)
+        return _object(json.loads(document, parse_float=_number, parse_constant=_number), name)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{name} is not JSON: {error}") from error
+
+
+def _number(text: str) -> float:
+    """ValueError for what JSON cannot say when it is written again: Python reads NaN, and 1e999 as infinity."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.30} is no number")
+    return value
 
 
 def _object(value: object, place: str) -> dict[str, Any]:
@@ -357,10 +370,14 @@ def _descriptor(value: object, place: str) -> Descriptor:
     if values.get("platform") is not None:
         inner = _object(values["platform"], f"{place}.platform")
         names = ("os", "architecture", "variant")
-        more = {key: value for key, value in inner.items() if key not in names}
-        platform = Platform(*(text(inner, key, f"{place}.platform") for key in names), more=more)
+        platform = Platform(*(text(inner, key, f"{place}.platform") for key in names), more=_without(inner, *names))
     kind, artifact = text(values, "mediaType", place), text(values, "artifactType", place)
-    return Descriptor(kind, digest, size, _annotations(values, place), platform, artifact)
+    more = _without(values, "mediaType", "digest", "size", "annotations", "platform", "artifactType")
+    return Descriptor(kind, digest, size, _annotations(values, place), platform, artifact, more=more)
+
+
+def _without(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in names}
 
 
 # ---- building -----------------------------------------------------------------------------------

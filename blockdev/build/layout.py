@@ -51,13 +51,14 @@ class Layout:
         """As Depot.document()."""
         try:
             layout.check_marker(self._read(layout.MARKER))
-            descriptor = self._find(identifier)
-            body = self._read(layout.blob_path(descriptor.digest))
-            if not oci.matches(descriptor.digest, body):
-                raise FormatError(f"{descriptor.digest}: its content has another digest")
+            digest = identifier if ":" in identifier else self._find(identifier).digest
+            body = self._read(layout.blob_path(digest))
+            if not oci.matches(digest, body):
+                raise FormatError(f"{digest}: its content has another digest")
+            media_type = oci.parse_manifest(body).media_type
         except FormatError as error:
             raise CorruptImage(f"reading an image layout failed: {self.folder}: {error}") from None
-        return Document(descriptor.media_type, descriptor.digest, body)
+        return Document(media_type, digest, body)
 
     @contextmanager
     def opened(self, blob: oci.Descriptor) -> Iterator[Read]:
@@ -119,13 +120,10 @@ class Layout:
 
     # ---- files ----------------------------------------------------------------------------
 
-    def _find(self, identifier: str) -> oci.Descriptor:
-        if ":" in identifier:
-            size = self._path(identifier).stat().st_size if self._path(identifier).exists() else 0
-            return oci.Descriptor("", identifier, size)
+    def _find(self, tag: str) -> oci.Descriptor:
         index = layout.parse_index(self._read(layout.INDEX))
         try:
-            return layout.choose_tag(index, identifier or self._tag)
+            return layout.choose_tag(index, tag or self._tag)
         except FormatError as error:
             raise NotFound(f"opening the image failed: {self.name}: {error}") from None
 

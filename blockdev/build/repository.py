@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 from blockdev.build.depot import Blob, Depot, Read, Tell, checked
@@ -83,22 +84,23 @@ class Repository:
         if _patiently(lambda: self._client.put_referrer(self._repository, document.media_type, document.body)):
             return
         tag = subject.replace(":", "-")[:128]
-        others = [known for known in self._referrers(tag) if known.digest != referrer.digest]
-        body = oci.Index((*others, referrer)).build()
+        index = self._referrers(tag)
+        others = [known for known in index.manifests if known.digest != referrer.digest]
+        body = replace(index, media_type=oci.OCI_INDEX, manifests=(*others, referrer)).build()
         _patiently(lambda: self._client.put_manifest(self._repository, tag, oci.OCI_INDEX, body))
 
-    def _referrers(self, tag: str) -> tuple[oci.Descriptor, ...]:
+    def _referrers(self, tag: str) -> oci.Index:
         try:
             body = _patiently(lambda: self._client.manifest(self._repository, tag)).body
         except NotFound:
-            return ()
+            return oci.Index(())
         try:
             index = oci.parse_manifest(body)
             if not isinstance(index, oci.Index):
                 raise FormatError("a manifest, not an index")
         except FormatError as error:
             raise CorruptImage(f"reading referrers failed: {self.name}:{tag}: {error}") from None
-        return index.manifests
+        return index
 
     def _put(self, identifier: str, document: Document) -> None:
         _patiently(lambda: self._client.put_manifest(self._repository, identifier, document.media_type, document.body))

@@ -79,7 +79,7 @@ def test_a_blob_that_was_put_is_read_back_and_not_put_twice(depot: Depot, file: 
 
 def test_a_document_is_found_by_its_tag_and_its_digest(depot: Depot) -> None:
     depot.put_document(DOCUMENT)
-    assert depot.document(DOCUMENT.digest).body == INDEX
+    assert depot.document(DOCUMENT.digest) == DOCUMENT
     with pytest.raises(NotFound):
         depot.document("")
     depot.tag(DOCUMENT)
@@ -150,6 +150,18 @@ def test_writers_of_one_layout_lose_nothing(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "images" / "index.json").read_bytes())["manifests"]) == 20
 
 
+def test_tagging_in_a_layout_keeps_all_that_is_said_of_others(tmp_path: Path) -> None:
+    Layout(tmp_path, "one").tag(DOCUMENT)
+    index = json.loads((tmp_path / "index.json").read_bytes())
+    index |= {"artifactType": "x"}
+    index["manifests"][0] |= {"urls": ["http://registry/x"], "data": "e30="}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    Layout(tmp_path, "two").tag(DOCUMENT)
+    found = json.loads((tmp_path / "index.json").read_bytes())
+    index["manifests"].append(found["manifests"][1])
+    assert found == index
+
+
 def test_a_layout_is_read_by_skopeo(tmp_path: Path, file: int) -> None:
     """As far as its documents go: what is in the layer is no matter."""
     layout = Layout(tmp_path / "images", "one")
@@ -182,6 +194,9 @@ def test_a_registry_without_a_list_of_referrers_gets_one_under_a_tag(registry: R
     client = Client(registry.host, NOBODY)
     repository = Repository(client, oci.Reference.parse(f"{registry.host}/team/app:one"))
     repository.tag(DOCUMENT)
+    tag = DOCUMENT.digest.replace(":", "-")
+    known = oci.Descriptor(oci.OCI_INDEX, DOCUMENT.digest, len(INDEX), more={"urls": ["http://registry/x"]})
+    client.put_manifest("team/app", tag, oci.OCI_INDEX, oci.Index((known,)).build())
     referrers = []
     for name in ("x", "y", "x"):
         body = oci.Index((), annotations={"name": name}).build()
@@ -189,7 +204,7 @@ def test_a_registry_without_a_list_of_referrers_gets_one_under_a_tag(registry: R
         referrers.append(referrer.build())
         repository.refer(DOCUMENT.digest, Document(oci.OCI_INDEX, oci.digest_of(body), body), referrer)
     client.close()
-    assert _found(registry, DOCUMENT.digest.replace(":", "-")) == [referrers[1], referrers[0]]
+    assert _found(registry, tag) == [known.build(), referrers[1], referrers[0]]
 
 
 def test_a_digest_is_nothing_to_tag(registry: Registry) -> None:

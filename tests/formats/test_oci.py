@@ -88,6 +88,13 @@ def test_an_index_survives_build_and_parse() -> None:
     assert oci.parse_manifest(index.build()) == index
 
 
+def test_an_index_keeps_what_is_not_known_of_it_and_its_entries() -> None:
+    entry = Descriptor(oci.OCI_MANIFEST, DIGEST, 1).build() | {"urls": ["http://r/x"], "data": "eA=="}
+    subject = Descriptor(oci.OCI_MANIFEST, OTHER, 1).build()
+    document = {"schemaVersion": 2, "mediaType": oci.OCI_INDEX, "manifests": [entry], "subject": subject, "x": [1.5]}
+    assert json.loads(oci.parse_manifest(oci.canonical(document)).build()) == document
+
+
 def test_built_documents_are_canonical() -> None:
     manifest = Manifest(Descriptor(oci.OCI_CONFIG, DIGEST, 3), ())
     assert (
@@ -145,6 +152,12 @@ def test_a_manifest_that_is_wrong_in_one_place_is_refused(change: dict[str, obje
 def test_what_is_no_json_object_is_refused(document: bytes) -> None:
     with pytest.raises(FormatError):
         oci.parse_manifest(document)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+def test_what_could_not_be_written_again_is_no_number(number: str) -> None:
+    with pytest.raises(FormatError, match="is no number"):
+        oci.load(f'{{"a": [{number}]}}'.encode(), "config")
 
 
 _KEYS = st.sampled_from(["digest", "size", "mediaType", "annotations", "platform", "os"])
