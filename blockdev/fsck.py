@@ -229,7 +229,7 @@ class Fsck:
         place = self._catalog.place(entry.digest, word.repository)
         if place is None and entry.verified and not entry.words:
             place = self._catalog.place(entry.digest)
-        if place and entry.verified:
+        if place:
             entry.claim([Word(repository=place.key)])
         return place
 

@@ -165,12 +165,15 @@ class OpenEntry:
     def claim(self, words: Sequence[Word]) -> None:
         """Say durably on whose word parts come from now on; all of `words` say the same of them.
 
-        What is here already everybody believes who uses it. EngineError if that cannot be written.
+        What is here already everybody believes who uses it; but what is nobody's, and still to be looked at, stays so.
+        EngineError if that cannot be written.
         """
         with self._claiming:
             if self._closed:
                 raise SourceError(f"read blob: {self.digest}: it has been closed")
             head = self.files.head
+            if not (head.table or head.repository) and self._sealed is None:
+                return
             said = {Word(table=head.table), Word() if head.table else Word(repository=head.repository)}
             if said.isdisjoint(words):
                 self.files.write_words(words[0].table, words[0].repository)
@@ -252,6 +255,7 @@ class OpenEntry:
             self.files.break_seal()
             return False
         self._sealed = before
+        self._unlooked = None  # it is right, whatever a table says
         return True
 
     def _await_written(self) -> None:

@@ -7,6 +7,7 @@ import os
 import resource
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +27,7 @@ from formats.digests import UNIT, Place
 from tests.checked import await_written
 from tests.claimants import DIGEST, EVIL_PAYLOAD, EVIL_TABLE, GOOD, HERE, SIZE, TABLE, THERE, WAIT, Bench
 from tests.fakes.blob_server import REPOSITORY, BlobServer
+from tests.fakes.memory_source import MemorySource
 from tests.filling import flip
 from tests.small_image import NOBODY
 
@@ -348,6 +350,34 @@ def test_an_entry_that_no_descriptor_is_left_for_is_not_taken_for_damaged(bench:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert bench.cache.look(DIGEST).verified
+
+
+def test_what_is_stored_is_under_the_name_of_where_it_came_from(bench: Bench, undo: ExitStack) -> None:
+    with ExitStack() as first:
+        entry = bench.cache.in_use(bench.open(first, bench.good).blob)
+        assert entry
+        first.callback(entry.close)
+        entry.verify()
+    flip(bench.data, 5)
+    flip(bench.data, 2 * EXTENT_SIZE)
+    bench.supply.backoff.told(bench.evil.host, WAIT)
+    blob = bench.open(undo, bench.evil, policy=Policy("eio", 0.1)).blob
+    with pytest.raises(SourceError):
+        blob.read_at(0, 10)  # which breaks the seal, and asks nobody yet
+    assert bench.head().repository == HERE.key
+    (one,) = bench.repair({THERE: MemorySource(GOOD, "third")})
+    assert (one.state, one.offset) == ("repaired", 2 * EXTENT_SIZE)
+    assert bench.head().repository == THERE.key
+
+
+def test_nothing_says_that_a_table_was_asked_before_it_was(bench: Bench, undo: ExitStack) -> None:
+    bench.fill(0, 3)
+    entry = bench.cache.open(DIGEST, SIZE, Policy("eio", WAIT), TABLE, HERE.key)
+    undo.callback(entry.close)
+    entry.claim([entry.word])
+    assert (bench.head().table, bench.head().repository) == ("", "")
+    entry.trust(lambda units: units.load(bench.good, time.monotonic() + WAIT))
+    assert (bench.head().table, bench.head().repository) == (TABLE.digest, HERE.key)
 
 
 # ---- as images name it ----------------------------------------------------------------------------------
