@@ -5,7 +5,7 @@ main() is the only place that does the last: a BlockdevError is its one line on 
 and its exit code, and so is an OSError that names a file; anything else is a defect (8),
 shown as a traceback only when OCIBLK_DEBUG=1. stdout carries results and nothing else.
 
-A command is a module of this package with HELP, add_arguments(parser) and run(args).
+A command is a module of this package with add_arguments(parser) and run(args).
 Only the module of the command at hand is imported, to keep --help quick.
 """
 
@@ -53,6 +53,7 @@ _COMMANDS = {
     "version": ("version", "print the version"),
 }
 _NULL_UUID = "00000000-0000-0000-0000-000000000000"
+_LEAVING = (signal.SIGTERM, signal.SIGHUP)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _BROKEN_PIPE = 141  # 128 + SIGPIPE: our reader left, which is its right
 
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code; errors are printed, never raised."""
     arguments = sys.argv[1:] if arguments is None else arguments
     stdio.settle()
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in _LEAVING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, _leave)  # in order: what was half written is removed
     try:
@@ -104,6 +105,10 @@ def _print_warnings() -> None:
 
 
 def _leave(number: int, _frame: object) -> NoReturn:
+    """Once: timeout(1) sends it twice, and what is undone at the first would be cut short by the second."""
+    for other in _LEAVING:
+        if signal.getsignal(other) is _leave:
+            signal.signal(other, lambda *_: None)
     sys.exit(128 + number)
 
 

@@ -130,12 +130,15 @@ def test_a_mount_interrupted_in_the_kernel_is_undone(
     interrupted = (
         "import signal, sys\n"
         "from blockdev import cli, syscalls\n"
-        "mount = syscalls.mount\n"
+        "mount, abort = syscalls.mount, syscalls.abort_fuse\n"
         "def mount_slowly(*rest, **named):\n"
         "    mount(*rest, **named)\n"
         "    print('mounted', flush=True)\n"
         "    signal.raise_signal(signal.SIGTERM)\n"
-        "syscalls.mount = mount_slowly\n"
+        "def abort_slowly(connection):\n"  # timeout(1) sends its signal twice
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "    abort(connection)\n"
+        "syscalls.mount, syscalls.abort_fuse = mount_slowly, abort_slowly\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-c", interrupted, "mount", *words, "--root", str(root.path)]
