@@ -2,7 +2,8 @@
 """ociblk umount: take a mount of ours away.
 
 Of a read-only one it needs no owner, and waits for none. What was written to a writable one
-is on its disk before it is taken away; if it cannot get there, the mount stays.
+is on its disk before it is taken away; if it cannot get there, the mount stays. What the unmounting itself
+writes is flushed after that, and its failure is an error too.
 """
 
 from __future__ import annotations
