@@ -22,7 +22,7 @@ from blockdev.catalog import Catalog, Place
 from blockdev.config import Policy
 from blockdev.engine import EXTENT_SIZE
 from blockdev.entryfiles import Found
-from blockdev.errors import BlockdevError, CorruptImage, NotFound, UsageError
+from blockdev.errors import BlockdevError, CorruptImage, EngineError, NotFound, UsageError
 from blockdev.layer import NamedBlob
 from blockdev.openentry import Word
 from blockdev.registry.backoff import Backoff
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 _FOR_EVER = 86400.0  # seconds: what "hang" comes to for one range
 _RANGE = 4 << 20  # bytes asked for at a time
 _LOOK_EVERY = 0.2  # seconds
+_ROUNDS = 3  # a reader that has seen the bad bytes may take away the first ones that come in their place
 
 Progress = Callable[[int, int], None]  # bytes looked at, and to be looked at in all
 SourceOf = Callable[[Place, NamedBlob, ExitStack], Source]
@@ -244,7 +245,7 @@ class Fsck:
         if self._fed(entry):
             for offset, length in ranges:
                 refetch.look()
-                entry.blob.read_into(offset, bytearray(length))
+                _have_fetched(entry, offset, length)
         else:
             self._store(entry, ranges, place, refetch, undo)
         if entry.complete:
@@ -271,6 +272,16 @@ class Fsck:
                 entry.blob.store(offset, buffer)
             except Spilled:  # all of the blob came, and went where it belongs
                 continue
+
+
+def _have_fetched(entry: Entry, offset: int, length: int) -> None:
+    """By those who have the blob open, and into the cache."""
+    for _ in range(_ROUNDS):
+        entry.blob.read_into(offset, bytearray(length))
+        entry.blob.settle()
+        if not entry.absent(offset // EXTENT_SIZE, -(-length // EXTENT_SIZE)):
+            return
+    raise EngineError(f"fetching a blob again failed: {entry.digest}: offset {offset}: it cannot be written")
 
 
 def _drop(entry: Entry, bad: Finding) -> None:

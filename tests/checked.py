@@ -10,8 +10,11 @@ from pathlib import Path
 
 from blockdev import entryfiles
 from blockdev.cache import Cache
+from blockdev.catalog import Catalog
+from blockdev.catalog import Place as Origin
 from blockdev.config import Policy
 from blockdev.engine import EXTENT_SIZE, Blob, Engine
+from blockdev.fsck import Check, Finding, Fsck, Refetch
 from blockdev.layer import NamedBlob
 from blockdev.registry.client import Client
 from blockdev.source.blob import RegistryBlob
@@ -79,6 +82,21 @@ class Bench:
             undo,
             place,
         )
+
+    def repair(self) -> list[Finding]:
+        """Check the cache, and fetch again what is bad."""
+        catalog = Catalog(self.blobs.parent / "catalog")
+        catalog.note_place(Origin("registry", "app", plain_http=True), [DIGEST])
+        fsck = Fsck(self.blobs, self.cache, catalog)
+        report, damaged = fsck.check(Check((), digests=False), lambda done, total: None)
+        refetch = Refetch(
+            lambda place, blob, undo: RegistryBlob(self.client, "app", DIGEST, len(BLOB), blob.blob.store),
+            self.supply.backoff,
+            Policy("eio", WAIT),
+            lambda: False,
+        )
+        bad = {blob.digest: [one for one in report.bad if one.digest == blob.digest] for blob in damaged}
+        return [one for blob in damaged for one in fsck.repair(blob, bad[blob.digest], refetch)]
 
     @property
     def data(self) -> Path:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import subprocess
 from collections.abc import Iterator
@@ -14,17 +15,20 @@ import pytest
 from blockdev.engine import EventKind
 from blockdev.errors import SourceError
 from formats.digests import UNIT, Place
-from tests.checked import BLOB, PLACE, Bench, Liar, same
+from tests.checked import BLOB, END, PLACE, Bench, Liar, await_written, same
+from tests.fakes.http_server import Answer, Seen
+from tests.filling import flip
 from tests.requires import requires_root
 
 
 @pytest.fixture
-def bench(tmp_path: Path, liar: Liar) -> Iterator[Bench]:
-    """The shared one, with no room but for the files' heads."""
+def bench(request: pytest.FixtureRequest, tmp_path: Path, liar: Liar) -> Iterator[Bench]:
+    """The shared one; unless it is said otherwise, with no room but for the files' heads."""
     requires_root()
     folder = tmp_path / "full"
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], check=True)
+    size = getattr(request, "param", "64k")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
     try:
         made = Bench(folder / "blobs", liar)
         yield made
@@ -65,3 +69,25 @@ def test_a_registry_that_ignores_ranges_is_read_with_pauses(bench: Bench, undo: 
     for offset in (0, 5 * UNIT - 5):
         assert same(blob.read_at(offset, 10), offset)
     assert statuses(bench) == {-errno.ENOSPC}
+
+
+@pytest.mark.parametrize("bench", ["8m"], indirect=True)
+@pytest.mark.parametrize("in_use", [True, False])
+def test_what_a_repair_has_no_room_for_is_not_repaired(bench: Bench, undo: ExitStack, in_use: bool) -> None:
+    with ExitStack() as first:
+        blob = bench.open(undo if in_use else first).blob
+        blob.read_at(0, 3 * UNIT)
+        await_written(blob, 3 * UNIT + len(BLOB) - END)
+    flip(bench.data, UNIT + 9)
+    answer = bench.liar.server.answer
+
+    def fill_and_answer(seen: Seen) -> Answer:
+        with contextlib.suppress(OSError), open(bench.blobs.parent / "filler", "wb") as filler:
+            filler.write(bytes(8 << 20))
+        return answer(seen)
+
+    bench.liar.server.answer = fill_and_answer
+    (one,) = bench.repair()
+    assert (one.state, one.kind) == ("dropped", "EngineError")
+    if in_use:
+        assert same(blob.read_at(0, 3 * UNIT), 0)

@@ -10,13 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from blockdev.catalog import Catalog
-from blockdev.catalog import Place as Origin
 from blockdev.config import Policy
 from blockdev.engine import EXTENT_SIZE, Blob, Priority
 from blockdev.errors import CorruptImage, SourceError
 from blockdev.fetch.pull import Pull
-from blockdev.fsck import Check, Finding, Fsck, Refetch
 from blockdev.layer import CRC_ONLY, SHA256
 from blockdev.source.blob import RegistryBlob
 from formats.digests import UNIT, Place
@@ -173,31 +170,13 @@ def test_a_full_pull_of_what_stays_wrong_says_which_part(bench: Bench, undo: Exi
 # ---- repair -------------------------------------------------------------------------------------------
 
 
-def repair(bench: Bench) -> list[Finding]:
-    """Check the cache, and fetch again what is bad."""
-    catalog = Catalog(bench.blobs.parent / "catalog")
-    catalog.note_place(Origin("registry", "app", plain_http=True), [DIGEST])
-    fsck = Fsck(bench.blobs, bench.cache, catalog)
-    report, damaged = fsck.check(Check((), digests=False), lambda done, total: None)
-    refetch = Refetch(
-        lambda place, blob, undo: RegistryBlob(bench.client, "app", DIGEST, len(BLOB), blob.blob.store),
-        bench.supply.backoff,
-        Policy("eio", WAIT),
-        lambda: False,
-    )
-    found: list[Finding] = []
-    for blob in damaged:
-        found += fsck.repair(blob, [one for one in report.bad if one.digest == blob.digest], refetch)
-    return found
-
-
 def test_a_repair_of_what_is_open_is_checked(bench: Bench, undo: ExitStack) -> None:
     blob = bench.open(undo).blob
     blob.read_at(0, 3 * UNIT)
     await_written(blob, 3 * UNIT + len(BLOB) - END)
     flip(bench.data, UNIT + 9)
     bench.liar.place, bench.liar.lies = UNIT + EXTENT_SIZE, 1
-    (one,) = repair(bench)
+    (one,) = bench.repair()
     assert (one.state, one.offset) == ("repaired", UNIT)
     assert bench.liar.asked == 2 + 1
     await_written(blob, 3 * UNIT + len(BLOB) - END)
@@ -212,7 +191,7 @@ def test_a_repair_of_what_nobody_has_open_is_checked_when_somebody_has(bench: Be
         await_written(blob, 3 * UNIT + len(BLOB) - END)
     flip(bench.data, UNIT + 9)
     bench.liar.place, bench.liar.lies = UNIT + 1, 1
-    (one,) = repair(bench)
+    (one,) = bench.repair()
     assert one.state == "repaired"
     assert bench.head().table == ""
     blob = bench.open(undo).blob
