@@ -5,10 +5,10 @@ locate() runs in the caller's process, with the caller's rights: it opens every 
 file it names. An Origin crosses the control socket as JSON and descriptors, so that
 the owner resolves no path of a caller.
 
-What the text means, in this order: `oci:DIR[:TAG]` is an image layout; the path of a
-file that exists (or any text that begins with `/`, `./` or `../`) is a layer or, if it begins
-with `{`, a config.v1.json; everything else is a registry reference. Below a writable layer
-`scratch` is nothing at all.
+What the text means, in this order: `oci:DIR[:TAG]` is an image layout; the path of what
+exists and is no directory (or any text that begins with `/`, `./` or `../`) is a layer or,
+if it begins with `{`, a config.v1.json; everything else is a registry reference. Below a
+writable layer `scratch` is nothing at all.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def locate(image: str, upper: Sequence[str] = (), *, write: bool = False) -> Ori
             origin.name = upper[0]
         elif image.startswith(LAYOUT_PREFIX):
             _locate_layout(origin, image.removeprefix(LAYOUT_PREFIX))
-        elif image.startswith(_PATH_STARTS) or (image and _exists(image)):
+        elif image.startswith(_PATH_STARTS) or (image and _exists(image) and not Path(image).is_dir()):
             _locate_file(origin, image)
         else:
             origin.reference = _reference(image)

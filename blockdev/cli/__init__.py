@@ -80,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(from_os("using a file failed", error))
     except Exception as error:  # noqa: BLE001 - here an error becomes an exit code
         return _fail(_unexpected(error))
+    finally:
+        stdio.clear_progress()
     return code
 
 
@@ -216,4 +218,4 @@ def add_layer_options(parser: argparse.ArgumentParser) -> None:
 def add_registry_options(parser: argparse.ArgumentParser) -> None:
     """How to reach a registry."""
     parser.add_argument("--plain-http", action="store_true", help="speak HTTP to the registry")
-    parser.add_argument("--ca", metavar="FILE", help="trust the certificates in FILE too")
+    parser.add_argument("--ca", metavar="FILE", type=parse_path, help="trust the certificates in FILE too")

@@ -7,12 +7,13 @@ import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from blockdev import client
 from blockdev.cli import text
 from blockdev.control import Body
-from blockdev.errors import NotFound, UsageError
+from blockdev.errors import UsageError, from_os
 from blockdev.origin import Origin, locate
 from blockdev.registry.credentials import Provider
 from blockdev.root import Root
@@ -60,7 +61,7 @@ def registry_access(args: argparse.Namespace) -> dict[str, Any]:
     return {"plain_http": args.plain_http, "ca": certificates(args.ca), "credentials": credentials}
 
 
-def certificates(path: str | None) -> str:
+def certificates(path: Path | None) -> str:
     """The content of --ca: the owner opens no file of ours."""
     if path is None:
         return ""
@@ -68,7 +69,7 @@ def certificates(path: str | None) -> str:
         with open(path, "rb") as file:
             content = file.read(_CA_MAX + 1)
     except OSError as error:
-        raise NotFound(f"reading certificates failed: {path}: {error.strerror}") from None
+        raise from_os("reading certificates failed", error, str(path)) from None
     if len(content) > _CA_MAX or b"-----BEGIN CERTIFICATE-----" not in content:
         raise UsageError(f"reading certificates failed: {path}: no PEM certificates in it")
     return content.decode(errors="replace")

@@ -28,10 +28,7 @@ def run(args: argparse.Namespace) -> None:
     with locate(args.image) as origin:
         body, fds = image_request(args, origin)
         with client.connect(Root(args.root)) as owner:
-            try:
-                answer = owner.call("pull", {**body, "complete": args.complete}, fds, progress=shown.show)
-            finally:
-                shown.clear()
+            answer = owner.call("pull", {**body, "complete": args.complete}, fds, progress=shown.show)
     blobs = answer["blobs"]
     result = {
         "image": args.image,

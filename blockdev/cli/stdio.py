@@ -17,6 +17,7 @@ from blockdev.errors import UsageError, from_os
 
 _NAMES = ("stdin", "stdout", "stderr")
 _closed: set[str] = set()  # by our caller, before we began
+_shows_progress = False  # a line of it stands on stderr, and the cursor behind it
 
 
 def settle() -> None:
@@ -45,6 +46,7 @@ class _Stdout(io.FileIO):
     """Descriptor 1. After a failure it leads nowhere, or the interpreter would fail once more in the end."""
 
     def write(self, content: Any, /) -> int:
+        clear_progress()
         try:
             return super().write(content)
         except OSError as error:
@@ -64,7 +66,27 @@ def content_stream(name: str, doing: str, *, terminal: bool = False) -> int:
 
 
 def tell(text: str) -> None:
-    """Write to stderr, at once."""
+    """Write to stderr, at once, and in place of a line of progress."""
+    clear_progress()
+    _write(text)
+
+
+def show_progress(line: str, *, last: bool = False) -> None:
+    """A line in place of the one before; what is told next takes its place, but that of the last one."""
+    global _shows_progress
+    _write(f"\r\033[K{line}" + ("\n" if last else ""))
+    _shows_progress = not last
+
+
+def clear_progress() -> None:
+    """Take its line away: something else follows."""
+    global _shows_progress
+    if _shows_progress:
+        _shows_progress = False
+        _write("\r\033[K")
+
+
+def _write(text: str) -> None:
     try:
         print(text, end="", file=sys.stderr, flush=True)
     except OSError:

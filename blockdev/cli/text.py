@@ -61,7 +61,6 @@ class Transfer:
     def __init__(self) -> None:
         self._started = self._last = time.monotonic()
         self._first = -1
-        self._shown = False
 
     def show(self, at: Mapping[str, int]) -> None:
         """at: bytes done (here), checked, and total."""
@@ -69,19 +68,14 @@ class Transfer:
         now = time.monotonic()
         if not sys.stderr.isatty() or now - self._started < _PROGRESS_AFTER or now - self._last < _PROGRESS_EVERY:
             return
-        self._last, self._shown = now, True
+        self._last = now
         if at["done"] == at["total"]:
             line = f"checked {size(at['checked'])} of {size(at['total'])}"
         else:
             rate = (at["done"] - self._first) / (now - self._started)
             left = f", {duration((at['total'] - at['done']) / rate)} left" if rate else ""
             line = f"pulled {size(at['done'])} of {size(at['total'])}, {size(round(rate))}/s{left}"
-        stdio.tell(f"\r\033[K{line}")
-
-    def clear(self) -> None:
-        """Take the line away: the result follows."""
-        if self._shown:
-            stdio.tell("\r\033[K")
+        stdio.show_progress(line)
 
 
 def progress(verb: str) -> Show:
@@ -95,6 +89,6 @@ def progress(verb: str) -> Show:
         if now - started >= _PROGRESS_AFTER and (now - last >= _PROGRESS_EVERY or done == total):
             last = now
             line = f"{verb} {size(done)} of {size(total)}" if total else f"{verb} {size(done)}"
-            stdio.tell(f"\r\033[K{line}" + ("\n" if done == total else ""))
+            stdio.show_progress(line, last=done == total)
 
     return show if sys.stderr.isatty() else lambda done, total: None

@@ -123,6 +123,10 @@ _LONG_SOCKET = "/".join(["d" * 100] * 2) + "/" + "s" * 120
         (["inspect", "oci:"], 2, "oci:DIR"),
         (["cache", "add", "oci:"], 2, "empty"),
         (["verify", "", "."], 2, "reading the image name"),
+        (["push", "raw", "127.0.0.1:1/a:1", "--ca", ""], 2, "empty"),
+        (["push", "raw", "127.0.0.1:1/a:1", "--ca", "."], 2, "certificates failed: .: "),
+        (["push", "raw", "127.0.0.1:1/a:1", "--ca", "raw"], 2, "certificates failed: raw: "),
+        (["push", "raw", "127.0.0.1:1/a:1", "--ca", "none"], 3, "certificates failed: none: "),
     ],
 )
 def test_a_name_that_makes_no_sense_is_the_callers_matter(

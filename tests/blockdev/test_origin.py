@@ -79,6 +79,15 @@ def test_an_existing_file_is_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert open_descriptors() == before
 
 
+def test_a_directory_hides_no_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("team/app").mkdir(parents=True)
+    with locate("team/app") as origin:
+        assert origin.reference == "docker.io/team/app:latest"
+    with pytest.raises(UsageError, match="image layout is oci:"):
+        locate("./team/app")
+
+
 @pytest.mark.parametrize(
     ("image", "kind"),
     [

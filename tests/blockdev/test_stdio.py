@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -86,3 +89,52 @@ def test_names_break_no_line_and_speak_to_no_terminal(tmp_path: Path) -> None:
     assert json.loads(shell(f"cd {tmp_path}; ociblk inspect ./* --json").stdout)["image"].encode(
         errors="surrogateescape"
     ) == b"./" + name
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[int, int]]:
+    """What a terminal shows, and what is written to."""
+    ours, theirs = pty.openpty()
+    yield ours, theirs
+    os.close(ours)
+    os.close(theirs)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("head -c 2000001 raw | ociblk import - -o out", 2, "ociblk: import disk: -: "),
+        ("ociblk import raw -o out", 0, ""),
+        ("ociblk import raw -o out --json", 0, '{"v": 1, "layer": "out", '),
+        ("ociblk stuck", 0, ""),
+        ("ociblk stuck --json", 0, '{"v": 1}'),
+    ],
+)
+def test_nothing_is_said_behind_progress(
+    tmp_path: Path, terminal: tuple[int, int], words: str, code: int, said: str
+) -> None:
+    (tmp_path / "raw").write_bytes(os.urandom(3 << 20))
+    quick = (
+        "import sys; from blockdev.cli import main, text, version; text._PROGRESS_AFTER = text._PROGRESS_EVERY = 0\n"
+        "def stuck(args):\n"
+        "    text.progress('read')(1, 2)\n"
+        "    args.json and text.print_json({})\n"
+        "version.run = stuck\n"
+        "sys.exit(main([word.replace('stuck', 'version') for word in sys.argv[1:]]))"
+    )
+    command = f'ociblk() {{ {sys.executable} -c "$QUICK" "$@"; }}; cd {tmp_path}; {words}'
+    environment = {**os.environ, "QUICK": quick, "PYTHONPATH": str(DATA.parent.parent)}
+    ours, theirs = terminal
+    done = subprocess.run(
+        ["bash", "-c", command], stdout=theirs, stderr=theirs, check=False, timeout=60, env=environment
+    )
+    os.write(theirs, b"END")
+    shown = b""
+    while not shown.endswith(b"END"):
+        shown += os.read(ours, 65536)
+    lines = [line.rpartition("\033[K")[2] for line in shown.decode().removesuffix("END").split("\r\n")]
+    assert b"read " in shown
+    assert (done.returncode, lines.pop()) == (code, "")
+    told = [line for line in lines if not line.startswith("read ")]
+    assert len(told) == bool(said)
+    assert all(line.startswith(said) for line in told)
