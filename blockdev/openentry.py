@@ -179,7 +179,7 @@ class OpenEntry:
                 self.files.write_words(words[0].table, words[0].repository)
 
     def close(self) -> None:
-        """Once; a fetch may still be in hand."""
+        """Once. A fetch may still be in hand, or a request wait: the blob's end is final for these."""
         with self._claiming:
             self._closed = True
             self.blob.close()

@@ -83,7 +83,6 @@ static struct ob_blob *blob_new(struct ob_engine *engine, int data_fd, uint64_t 
 		return NULL;
 	}
 	atomic_init(&blob->references, 1);
-	atomic_init(&blob->users, 1);
 	blob->engine = engine_ref(engine);
 	blob->size = size;
 	blob->map_fd = -1;
@@ -109,18 +108,16 @@ void blob_release(struct ob_blob *blob)
 	free(blob);
 }
 
-struct ob_blob *blob_ref(struct ob_blob *blob)
-{
-	atomic_fetch_add(&blob->users, 1);
-	return blob_hold(blob);
-}
-
 void ob_blob_close(struct ob_blob *blob)
 {
 	if (!blob)
 		return;
-	if (atomic_fetch_sub(&blob->users, 1) == 1 && blob->state)
-		fetch_forget(blob);
+	if (blob->state)
+		fetch_end(blob);
+	for (uint64_t extent = 0; extent < blob->extents; extent++) {
+		while (atomic_load(&blob->state[extent]) >= EXTENT_PIN)
+			sched_yield();
+	}
 	blob_release(blob);
 }
 
@@ -267,6 +264,14 @@ void extents_arrived(struct ob_blob *blob, uint64_t count)
 	blob->write_failed = 0;
 	if (count && blob->present == blob->extents)
 		engine_post(blob->engine, OB_EVENT_BLOB_COMPLETE, 0, blob->id);
+}
+
+void extents_end(struct ob_blob *blob)
+{
+	for (uint64_t extent = 0; extent < blob->extents; extent++) {
+		if (extent_kind(blob, extent) != EXTENT_ABSENT)
+			extent_set(blob, extent, EXTENT_ABSENT, EXTENT_CHECKED | EXTENT_MARK);
+	}
 }
 
 /* Said durably before anything goes. The sync holds the lock, but once in a sealed blob's life. */
@@ -512,6 +517,7 @@ static uint64_t extents_claim(struct ob_blob *blob, uint64_t first, uint64_t end
 			break;
 		extent_set(blob, extent, EXTENT_STORING, 0);
 	}
+	blob->storing += extent > first;
 	return extent - first;
 }
 
@@ -522,6 +528,7 @@ static int extents_store(struct ob_blob *blob, uint64_t first, uint64_t count, c
 	int error = extents_write(blob, first, count, bytes);
 
 	pthread_mutex_lock(&queue->lock);
+	blob->storing--;
 	atomic_store(&queue->hosts[blob->host].heard_ns, engine_now());
 	for (uint64_t i = 0; i < count; i++)
 		extent_set(blob, first + i, error ? fetch_owner_kind(blob, first + i) : EXTENT_PRESENT | EXTENT_CHECKED, 0);
@@ -554,7 +561,9 @@ int64_t ob_blob_store(struct ob_blob *blob, uint64_t offset, const void *buffer,
 		uint64_t count;
 
 		pthread_mutex_lock(&queue->lock);
-		count = extents_claim(blob, first, end);
+		if (atomic_load(&blob->closed))
+			error = status_set(EBADF, "store in blob: it has been closed");
+		count = error ? 0 : extents_claim(blob, first, end);
 		fetch_unlock(queue, NULL, NULL);
 		if (count)
 			error = extents_store(blob, first, count, (const uint8_t *)buffer + (first * OB_EXTENT_SIZE - offset));

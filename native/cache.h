@@ -13,6 +13,9 @@
  * PIN), looks at the kind again, reads, unpins. Whoever takes an extent out of PRESENT
  * waits until its pins are gone before the bytes may change.
  *
+ * Closed, a blob is at its end, whoever holds it still: all is ABSENT, and nothing is wanted,
+ * advanced or stored. So its files are neither read nor written, and may be another opening's.
+ *
  * On disk: docs/formats/presence-map.md. Extents found there are PRESENT but not
  * CHECKED: their first reader compares the CRC, and drops what does not match.
  */
@@ -49,8 +52,8 @@ struct stream {
 enum { STREAMS = 8 };        /* nbdcopy keeps 4 connections; twice that */
 
 struct ob_blob {
-	atomic_int references;   /* users and fetches */
-	atomic_int users;        /* the handle and files: without them nothing is fetched */
+	atomic_int references;   /* the handle, files and fetches */
+	atomic_int closed;       /* the handle is; set under the fetch queue's lock */
 	struct ob_engine *engine;
 	uint64_t id, size;
 	int data_fd, map_fd;     /* map_fd -1: a local file, complete by definition */
@@ -65,6 +68,7 @@ struct ob_blob {
 	/* guarded by the fetch queue's lock */
 	LIST_HEAD(, fetch) fetches;   /* all that touch this blob */
 	uint64_t present;        /* extents */
+	uint32_t storing;        /* threads that write what is STORING */
 	struct stream streams[STREAMS];
 	uint64_t stream_clock;
 	int policy;
@@ -79,8 +83,7 @@ struct ob_blob {
 	_Atomic uint64_t hits, misses, crc_failures;
 };
 
-struct ob_blob *blob_ref(struct ob_blob *blob);
-/* A fetch keeps the blob's memory, but does not count as its user. */
+/* Keeps the blob's memory; a cached one ends with its handle all the same. */
 struct ob_blob *blob_hold(struct ob_blob *blob);
 void blob_release(struct ob_blob *blob);
 
@@ -117,5 +120,7 @@ uint64_t extent_length(const struct ob_blob *blob, uint64_t extent);
 int extents_write(struct ob_blob *blob, uint64_t first, uint64_t count, const uint8_t *bytes);
 /* Under the lock: count extents as present; posts completion. */
 void extents_arrived(struct ob_blob *blob, uint64_t count);
+/* Under the lock: of a blob that is closed. None is readable any more; the disk stays as it is. */
+void extents_end(struct ob_blob *blob);
 
 #endif

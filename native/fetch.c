@@ -17,7 +17,6 @@
 enum { KEPT_BYTES_MAX = 16 << 20 };     /* fetched but not cacheable (disk full): kept in memory */
 
 static _Thread_local const struct fetch *telling;   /* what this thread tells readers of before it writes it */
-static _Thread_local int told_closed;               /* ... of whom one has closed the blob: no time to wait for the write */
 
 struct fetch *fetch_find(const struct ob_blob *blob, uint64_t extent)
 {
@@ -89,7 +88,7 @@ static uint64_t extent_search(const struct ob_blob *blob, uint64_t start, uint64
 
 void fetch_missing(struct ob_blob *blob, uint64_t first, uint64_t last, int priority)
 {
-	for (uint64_t start = unit_start(blob, first), end; start <= last; start = end) {
+	for (uint64_t start = unit_start(blob, first), end; start <= last && !atomic_load(&blob->closed); start = end) {
 		struct fetch *fetch;
 
 		end = unit_end(blob, start);
@@ -114,7 +113,7 @@ void fetch_want(struct ob_blob *blob, uint64_t first, uint64_t last, int priorit
 {
 	struct fetch_queue *queue = &blob->engine->fetch;
 
-	if (blob->down) {
+	if (blob->down || atomic_load(&blob->closed)) {
 		if (parked)
 			parked->failure = -EIO;
 		return;
@@ -128,7 +127,7 @@ void fetch_want(struct ob_blob *blob, uint64_t first, uint64_t last, int priorit
 		while (extent_kind(blob, extent) == EXTENT_STORING)
 			pthread_cond_wait(&queue->settled, &queue->lock);
 		if (extent_kind(blob, extent) != EXTENT_FETCHING)
-			continue;
+			continue; /* here, or the blob was closed meanwhile */
 		fetch = fetch_find(blob, extent);
 		if (fetch->phase == FETCH_QUEUED && fetch->lent.priority > priority) {
 			queue_remove(queue, fetch);
@@ -287,8 +286,6 @@ static void fetch_write(struct fetch *fetch, uint64_t from, uint64_t to)
 
 		while (end < to && (extent_kind(blob, fetch->first + end) == EXTENT_RESIDENT) == resident)
 			end++;
-		if (told_closed)
-			resident = 0; /* the files may be another opening's by now */
 		if (resident)
 			error = extents_write(blob, fetch->first + from, end - from, (uint8_t *)fetch->lent.buffer + from * OB_EXTENT_SIZE);
 		pthread_mutex_lock(&queue->lock);
@@ -320,7 +317,7 @@ int ob_fetch_advance(ob_fetch *lent, uint64_t filled)
 		                  (unsigned long long)lent->length);
 	to = filled == lent->length ? fetch->count : filled / OB_EXTENT_SIZE;
 	pthread_mutex_lock(&fetch->queue->lock);
-	if (!atomic_load(&blob->users)) {
+	if (atomic_load(&blob->closed)) {
 		fetch_unlock(fetch->queue, NULL, NULL);
 		return 0;
 	}
@@ -341,7 +338,6 @@ int ob_fetch_advance(ob_fetch *lent, uint64_t filled)
 	if (to > from)
 		parked_settle_fetch(fetch, 0, &ready);
 	telling = fetch;
-	told_closed = 0;
 	fetch_unlock(fetch->queue, ready, NULL);
 	telling = NULL;
 	fetch_write(fetch, from, to);
@@ -371,16 +367,15 @@ static void kept_add(struct fetch_queue *queue, struct fetch *fetch, struct fetc
 		kept_evict(queue, TAILQ_FIRST(&queue->kept), discarded);
 }
 
-/* By another thread than this. */
 static int blob_writing(const struct ob_blob *blob)
 {
 	struct fetch *fetch;
 
 	LIST_FOREACH(fetch, &blob->fetches, of_blob) {
-		if (fetch->writing && fetch != telling)
+		if (fetch->writing)
 			return 1;
 	}
-	return 0;
+	return blob->storing > 0;
 }
 
 void ob_blob_settle(struct ob_blob *blob)
@@ -393,22 +388,25 @@ void ob_blob_settle(struct ob_blob *blob)
 	fetch_unlock(queue, NULL, NULL);
 }
 
-void fetch_forget(struct ob_blob *blob)
+void fetch_end(struct ob_blob *blob)
 {
 	struct fetch_queue *queue = &blob->engine->fetch;
 	struct parked *ready = NULL;
 	struct fetch *discarded = NULL, *fetch, *after;
 
 	pthread_mutex_lock(&queue->lock);
+	atomic_store(&blob->closed, 1);
 	fetch_cancel(blob, &ready, &discarded);
 	for (fetch = LIST_FIRST(&blob->fetches); fetch; fetch = after) {
 		after = LIST_NEXT(fetch, of_blob);
 		if (fetch->phase == FETCH_KEPT)
 			kept_evict(queue, fetch, &discarded);
+		else
+			fetch_abandon(fetch, -EIO, &ready);
 	}
-	told_closed |= telling && telling->blob == blob;
 	while (blob_writing(blob))
 		pthread_cond_wait(&queue->settled, &queue->lock);
+	extents_end(blob);
 	fetch_unlock(queue, ready, discarded);
 }
 
@@ -460,7 +458,7 @@ int ob_fetch_finish(ob_fetch *lent, int status, int64_t retry_ns)
 		fetch_failed(fetch, status ? retry_ns : 0, &ready, &discarded);
 	else
 		parked_settle_fetch(fetch, -EAGAIN, &ready);
-	if (fetch->keep && atomic_load(&fetch->blob->users)) {
+	if (fetch->keep && !atomic_load(&fetch->blob->closed)) {
 		kept_add(queue, fetch, &discarded);
 	} else {
 		if (buffer_give(queue, fetch->lent.buffer))
@@ -498,7 +496,7 @@ int fetch_writing(struct ob_blob *blob, uint64_t extent)
 
 uint32_t fetch_owner_kind(const struct ob_blob *blob, uint64_t extent)
 {
-	return fetch_find(blob, extent) ? EXTENT_FETCHING : EXTENT_ABSENT;
+	return fetch_find(blob, extent) && !atomic_load(&blob->closed) ? EXTENT_FETCHING : EXTENT_ABSENT;
 }
 
 /* ---- lifetime ---- */

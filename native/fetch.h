@@ -69,7 +69,7 @@ const uint8_t *fetch_resident(struct ob_blob *blob, uint64_t extent);
 /* Not 0: the fetch that holds a resident extent is writing it, it may not change. -1: nor may this thread wait for
  * that, since it has bytes of its own to write, for which the writer may wait. */
 int fetch_writing(struct ob_blob *blob, uint64_t extent);
-/* What a claimed extent goes back to: FETCHING if a fetch still covers it, else ABSENT. */
+/* What a claimed extent goes back to: FETCHING if a fetch still brings it, else ABSENT. */
 uint32_t fetch_owner_kind(const struct ob_blob *blob, uint64_t extent);
 /* The cache could not be written: said once, until a write succeeds again. */
 void fetch_write_failed(struct ob_blob *blob, int error);
@@ -87,9 +87,10 @@ void fetch_unlock(struct fetch_queue *queue, struct parked *ready, struct fetch 
 
 /* Bytes of a lent fetch arrive, right or wrong: its host is not stuck. */
 void fetch_heard(struct fetch *fetch);
-/* Nobody uses the blob any more: forget what is queued for it. Waits for a write of its cache that
- * is under way, and none comes later: whoever opens the entry next may believe what he has seen of it. */
-void fetch_forget(struct ob_blob *blob);
+/* The blob is closed. Whoever waits for it gets EIO; what is lent goes nowhere. Waits for the writes of
+ * its cache that are under way, and none comes later: whoever opens the entry next may believe what he has
+ * seen of it. */
+void fetch_end(struct ob_blob *blob);
 
 /* http.c: close the connections that ob_fetch_http() keeps for this thread. */
 void http_disconnect(void);

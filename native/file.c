@@ -20,7 +20,7 @@ static int file_new(struct ob_blob *blob, uint64_t base, uint64_t size, struct z
 		return status_set(ENOMEM, "open file: no memory");
 	}
 	atomic_init(&file->references, 1);
-	file->blob = blob_ref(blob);
+	file->blob = blob_hold(blob);
 	file->base = base;
 	file->size = size;
 	file->z = z;
@@ -56,7 +56,7 @@ void ob_file_close(struct ob_file *file)
 	if (!file || atomic_fetch_sub_explicit(&file->references, 1, memory_order_acq_rel) != 1)
 		return;
 	zfile_free(file->z);
-	ob_blob_close(file->blob);
+	blob_release(file->blob);
 	free(file);
 }
 

@@ -140,7 +140,7 @@ static int on_progress(void *argument, curl_off_t total, curl_off_t now, curl_of
 		transfer->since_ns = engine_now();
 		transfer->heard = now;
 	}
-	return atomic_load(&blob->engine->stopped) || !atomic_load(&blob->users);
+	return atomic_load(&blob->engine->stopped) || atomic_load(&blob->closed);
 }
 
 /* What holds for every request. Proxies, certificates and addresses come with each target:

@@ -14,7 +14,8 @@
  *    thread. Such a call returns -ESHUTDOWN once ob_engine_stop() has been called.
  *  - Handles are opaque. A handle keeps what it was made from alive (an image its
  *    files, a file its blob): handles may be closed in any order, and closing NULL is
- *    a no-op. Close an engine last, after its transports have ended.
+ *    a no-op. But a cached blob ends with its own handle (ob_blob_close). Close an engine
+ *    last, after its transports have ended.
  *  - offset and length are bytes unless the name says _sectors (512 bytes).
  *  - The engine never calls back into its user: it queues fetches and events, and the
  *    user takes them (ob_fetch_next, ob_event_next).
@@ -117,13 +118,14 @@ int ob_blob_open_local(ob_engine *engine, int fd, uint64_t size, ob_blob **out);
  * whose head the caller has checked. Both descriptors are duplicated. One ob_blob per
  * cache entry at a time: the caller holds the root's lock. */
 int ob_blob_open_cached(ob_engine *engine, int data_fd, int map_fd, const ob_blob_config *config, ob_blob **out);
-/* With the last handle and file of a cached blob, a write of its cache under way is waited for; none
- * comes later. */
+/* Ends a cached blob for good, whoever holds files of it or works on a fetch: waits and reads fail with EIO,
+ * what is delivered goes nowhere. Reads and writes of its cache that are under way are waited for; none
+ * comes later, so the entry may be opened anew. */
 void ob_blob_close(ob_blob *blob);
 /* Blocks. Exactly length bytes or an error; past the end is -EINVAL. */
 int ob_blob_read(ob_blob *blob, uint64_t offset, void *buffer, uint64_t length);
 /* Bytes the caller got by whatever way; every extent they cover whole and that is not
- * present is written to the cache and its waiters are woken. Returns extents stored. */
+ * present is written to the cache and its waiters are woken. Returns extents stored; -EBADF once it is closed. */
 int64_t ob_blob_store(ob_blob *blob, uint64_t offset, const void *buffer, uint64_t length);
 /* Take extents wholly inside the range out of the cache: their map entries first, then
  * the holes. Extents being read are left. Returns extents dropped. */

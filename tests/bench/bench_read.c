@@ -63,6 +63,7 @@ struct layer {
 	uint8_t *stored;             /* blocks, each with its CRC, one after the other */
 	uint64_t *starts;            /* of block i in stored; one more than blocks */
 	size_t blocks;
+	ob_blob *blob;
 	ob_image *image;
 };
 
@@ -150,8 +151,7 @@ static void layer_open(struct layer *layer, ob_engine *engine, const char *dir)
 	ob_zfile_head head = {.length = (uint64_t)body + table, .index_offset = (uint64_t)body,
 	                      .block_count = layer->blocks, .plain_size = plain, .block_size = layer->block_size,
 	                      .codec = layer->codec, .block_crc = 1};
-	ob_blob *blob = filled_blob(engine, layer, dir, head.length);
-	ob_blob *index_blob;
+	ob_blob *blob = layer->blob = filled_blob(engine, layer, dir, head.length), *index_blob;
 	ob_file *file, *index;
 	int fd = scratch_file(dir);
 	size_t index_size = layer->entry_count * sizeof(*layer->entries);
@@ -165,7 +165,6 @@ static void layer_open(struct layer *layer, ob_engine *engine, const char *dir)
 	CHECK(ob_image_open(engine, &lower, 1, layer->disk_size, &layer->image) == 0);
 	ob_file_close(file);
 	ob_file_close(index);
-	ob_blob_close(blob);
 	ob_blob_close(index_blob);
 	close(fd);
 	free(lengths);
@@ -174,6 +173,7 @@ static void layer_open(struct layer *layer, ob_engine *engine, const char *dir)
 static void layer_close(struct layer *layer)
 {
 	ob_image_close(layer->image);
+	ob_blob_close(layer->blob);
 	free(layer->stored);
 	free(layer->starts);
 }

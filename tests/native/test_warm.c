@@ -57,13 +57,14 @@ static uint8_t plain[PLAIN], got[LONGEST + 64];
 
 struct stand {
 	ob_engine *engine;
+	ob_blob *blob;
 	ob_image *image;
 	ob_nbd *nbd;
 	ob_fuse *fuse;
 	int nbd_client, kernel;
 };
 
-static ob_file *compressed_file(ob_engine *engine, int codec)
+static ob_file *compressed_file(ob_engine *engine, int codec, ob_blob **out)
 {
 	static uint32_t lengths[PLAIN / BLOCK];
 	uint64_t bound = ob_zfile_bound(codec, BLOCK, PLAIN);
@@ -82,7 +83,7 @@ static ob_file *compressed_file(ob_engine *engine, int codec)
 	CHECK(ob_blob_open_cached(engine, data, map, &config, &blob) == 0);
 	CHECK(ob_blob_store(blob, 0, stored, head.length) > 0);
 	CHECK(ob_file_open_zfile(blob, &head, &file) == 0);
-	ob_blob_close(blob);
+	*out = blob;
 	close(data);
 	close(map);
 	free(stored);
@@ -96,7 +97,7 @@ static void stand_open(struct stand *stand, int codec)
 	int pair[2], memfd = memory_fd("", 0);
 
 	stand->engine = memory_engine();
-	ob_layer layer = {.kind = OB_LAYER_FLAT, .file = compressed_file(stand->engine, codec)};
+	ob_layer layer = {.kind = OB_LAYER_FLAT, .file = compressed_file(stand->engine, codec, &stand->blob)};
 	layer.index = layer.file;
 	CHECK(ob_image_open(stand->engine, &layer, 1, PLAIN, &stand->image) == 0);
 	ob_file_close(layer.file);
@@ -121,6 +122,7 @@ static void stand_close(struct stand *stand)
 	ob_nbd_close(stand->nbd, 0);
 	ob_fuse_close(stand->fuse);
 	ob_image_close(stand->image);
+	ob_blob_close(stand->blob);
 	ob_engine_close(stand->engine);
 }
 
