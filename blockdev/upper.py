@@ -24,7 +24,7 @@ from blockdev.replacement import replacing, sync_directory
 from formats import lsmt
 from formats.errors import FormatError
 from formats.lsmt import ENTRY_SIZE, HEAD_SIZE, LENGTH_MAX, NULL_UUID, SEALED_ENTRIES_MAX, SECTOR, Head, Segment, pack
-from formats.pair import PairWriter, compact, replay, seal, zeros
+from formats.pair import PairWriter, compact, replaying, seal, zeros
 from formats.readat import check_range
 
 LOCK_PATIENCE = 6.0  # seconds: an owner hears of an unmount when it is over, and then still syncs and closes
@@ -120,8 +120,12 @@ class PairFiles:
 
     def live(self) -> list[Segment]:
         """The live map. CorruptImage."""
+        return list(self.replaying())
+
+    def replaying(self) -> Iterator[Segment]:
+        """The live map, one entry after the other. CorruptImage."""
         try:
-            return replay(lsmt.read_log(self.index, self.log))
+            yield from replaying(lsmt.read_log(self.index, self.log))
         except FormatError as error:
             raise CorruptImage(f"read writable layer: {self.name}: {error}") from None
 

@@ -180,7 +180,10 @@ def pack_segment(segment: Segment) -> bytes:
 
 def pack(segments: Iterable[Segment]) -> bytes:
     """A table without padding."""
-    return b"".join(map(pack_segment, segments))
+    table = bytearray()  # joining them would take a piece of memory for each
+    for segment in segments:
+        table += pack_segment(segment)
+    return bytes(table)
 
 
 def unpack(table: bytes | memoryview) -> Iterator[Segment]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from heapq import heappop, heappush
-from itertools import pairwise
+from heapq import heappop, heappush, merge
+from itertools import islice, pairwise, starmap
 from operator import itemgetter
+from struct import Struct
 
 from formats.errors import FormatError
 from formats.lsmt import (
@@ -72,32 +73,85 @@ def replay(entries: Iterable[Segment]) -> list[Segment]:
 
     A stack flattens the same way: all entries of the bottom layer, then of the one above.
     """
+    return list(replaying(entries))
+
+
+def replaying(entries: Iterable[Segment]) -> Iterator[Segment]:
+    """The same one after the other, once all entries were read: they take 31 bytes each, the map none."""
     # From the first sector to the last: the latest of the entries that cover a place shows, up to its end or
     # to where a later one begins.
-    starts = sorted((entry.offset, -age, entry) for age, entry in enumerate(entries) if entry.length)
-    covering: list[tuple[int, Segment]] = []  # a heap, the latest first; some have ended already
-    live: list[Segment] = []
-    at = place = 0
+    starts = _by_start(entries)
+    start = next(starts, None)
+    covering = _Covering()
+    at = 0
     while True:
-        while covering and covering[0][1].end <= at:
-            heappop(covering)
-        if not covering and place == len(starts):
-            return live
-        if not covering:
-            at = starts[place][0]
-        while place < len(starts) and starts[place][0] <= at:
-            heappush(covering, starts[place][1:])
-            place += 1
-        age, shown = covering[0]
+        covering.end(at)
+        if not covering.heap:
+            if not start:
+                return
+            at = start[1].offset
+        while start and start[1].offset <= at:
+            covering.add(start, at)
+            start = next(starts, None)
+        age, shown = covering.heap[0]
         end = shown.end
-        while place < len(starts) and starts[place][0] < end:
-            if starts[place][1] < age:
-                end = starts[place][0]
+        while start and start[1].offset < end:
+            if start[0] < age:
+                end = start[1].offset
                 break
-            heappush(covering, starts[place][1:])
-            place += 1
-        live.append(shown.cut(at, end))
+            covering.add(start, at)
+            start = next(starts, None)
+        yield shown.cut(at, end)
         at = end
+
+
+_Aged = tuple[int, Segment]  # of two entries, the later one has the smaller number
+_START = Struct("<QiQQ?H")  # offset, number, length, moffset, zeroed, tag
+_RUN = 1 << 14  # entries sorted at a time, as objects of some 400 bytes
+_COVERING_MIN = 1 << 10  # entries that are kept, before it is looked at which of them can still show
+
+
+def _by_start(entries: Iterable[Segment]) -> Iterator[_Aged]:
+    """From the first sector to the last; of those that begin with the same one, the latest first."""
+    numbered = (
+        (entry.offset, -age, entry.length, entry.moffset, entry.zeroed, entry.tag)
+        for age, entry in enumerate(entries)
+        if entry.length
+    )
+    runs = []
+    while run := sorted(islice(numbered, _RUN)):
+        runs.append(b"".join(starmap(_START.pack, run)))
+    for offset, number, length, moffset, zeroed, tag in merge(*map(_START.iter_unpack, runs)):
+        yield number, Segment(offset, length, moffset, zeroed, tag)
+
+
+class _Covering:
+    """Entries that cover a place, the latest first in a heap; some have ended, or are hidden to their end."""
+
+    def __init__(self) -> None:
+        self.heap: list[_Aged] = []
+        self._room = _COVERING_MIN
+
+    def add(self, entry: _Aged, at: int) -> None:
+        heappush(self.heap, entry)
+        if len(self.heap) > self._room:
+            self._drop_hidden(at)
+            self._room = max(_COVERING_MIN, 2 * len(self.heap))
+
+    def end(self, at: int) -> None:
+        """Whatever shows is not over at that place."""
+        while self.heap and self.heap[0][1].end <= at:
+            heappop(self.heap)
+
+    def _drop_hidden(self, at: int) -> None:
+        """What remains reaches further than all that is later: as many entries as one of them has sectors, at most."""
+        reach = at
+        kept = []
+        for entry in sorted(self.heap):
+            if entry[1].end > reach:
+                reach = entry[1].end
+                kept.append(entry)
+        self.heap = kept
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ overlaybd-commit does it. The layer is there whole or not at all.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from blockdev.replacement import replacing
 from blockdev.upper import open_pair_files, open_sealed_file
 from formats import lsmt
 from formats.errors import FormatError
-from formats.lsmt import HEAD_SIZE, NULL_UUID, SECTOR, CommitWriter, Head, Segment
+from formats.lsmt import HEAD_SIZE, NULL_UUID, SECTOR, CommitWriter, Head
 from formats.readat import ReadAt
 
 _PIECE = 1 << 20  # bytes read at a time; a multiple of COMMIT_STEP
@@ -62,12 +62,12 @@ def commit_pair(
     if index is None:
         with open_sealed_file(data) as (file, sealed):
             try:
-                live = lsmt.read_segments(file, sealed)
+                table = lsmt.pack(lsmt.read_segments(file, sealed))
             except FormatError as error:
                 raise CorruptImage(f"commit: {data}: {error}") from None
-            return _commit(live, file, sealed.header, out, options, progress)
+            return _commit(table, file, sealed.header, out, options, progress)
     with open_pair_files(data, index, change=False) as pair:
-        return _commit(pair.live(), pair.data, pair.head, out, options, progress)
+        return _commit(lsmt.pack(pair.replaying()), pair.data, pair.head, out, options, progress)
 
 
 def merge_image(
@@ -111,9 +111,10 @@ def _runs(image: OpenImage) -> Iterator[Run]:
 
 
 def _commit(
-    live: Sequence[Segment], source: ReadAt, head: Head, out: Path, options: CommitOptions, progress: Progress | None
+    table: bytes, source: ReadAt, head: Head, out: Path, options: CommitOptions, progress: Progress | None
 ) -> Committed:
-    stored = sum(segment.length for segment in live if not segment.zeroed) * SECTOR
+    """table: the live map, packed, since it may have millions of entries."""
+    stored = sum(segment.length for segment in lsmt.unpack(table) if not segment.zeroed) * SECTOR
 
     def copy(write: Write, committed: Head) -> Head:
         written = -HEAD_SIZE  # the header is not counted
@@ -125,7 +126,7 @@ def _commit(
             if progress and 0 <= written <= stored:
                 progress(written, stored)
 
-        return lsmt.commit(live, [source], counted, committed)
+        return lsmt.commit(lsmt.unpack(table), [source], counted, committed)
 
     trailer, size = _make(copy, out, _head(head, options), options)
     return Committed(trailer.virtual_size, stored, size, trailer.index_count, trailer.uuid, trailer.parent_uuid)

@@ -33,7 +33,7 @@ from blockdev.upper import PairFiles, create_pair, open_pair_files
 from formats import ext4, lsmt
 from formats.archive import Archive
 from formats.lsmt import Head
-from formats.pair import replay
+from formats.pair import replaying
 from formats.tree import BLOCK_SIZE
 
 FILE_SYSTEM = "ext4"
@@ -125,7 +125,7 @@ class Ext4Disk:
         with ExitStack() as undo:
             source = _released(pair, undo)
             out = undo.enter_context(LayerFile(file.fileno(), self._wrapping, self._jobs))
-            live = replay(lsmt.read_log(source.index, source.log))
+            live = replaying(lsmt.read_log(source.index, source.log))
 
             def write(content: bytes) -> None:
                 digest.update(content)

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from formats import lsmt
+from formats import lsmt, pair
 from formats.errors import FormatError
 from formats.lsmt import HEAD_SIZE, SECTOR, Head, Segment
 from formats.pair import PairWriter, compact, replay, seal
@@ -94,6 +96,16 @@ entries = st.builds(
 )
 
 
+@pytest.fixture(params=["at once", "in runs"])
+def runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long logs, as it were."""
+    if request.param == "in runs":
+        monkeypatch.setattr(pair, "_RUN", 3)
+        monkeypatch.setattr(pair, "_COVERING_MIN", 2)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.usefixtures("runs")
 @given(st.lists(entries, max_size=30))
 def test_replay_equals_a_dict_of_sectors(log: list[Segment]) -> None:
     expected: dict[int, tuple[int, bool, int]] = {}
@@ -111,6 +123,27 @@ def test_replay_equals_a_dict_of_sectors(log: list[Segment]) -> None:
             place = entry.moffset if entry.zeroed else entry.moffset + step
             found[entry.offset + step] = (place, entry.zeroed, entry.tag)
     assert found == expected
+
+
+def _writes(order: str, count: int) -> Iterator[Segment]:
+    """Of 4 KiB each: to one place, or over the disk twice, the second time half a write off."""
+    for number in range(count):
+        half = 4 * (number >= count // 2)
+        place = 8 * (number % (count // 2)) + half if order == "twice" else 0
+        yield Segment(place, 8, 8 + 8 * number, False, 0)
+
+
+@pytest.mark.parametrize("order", ["one", "twice"])
+def test_replay_takes_little_memory_for_each_write(order: str) -> None:
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        live = sum(1 for _ in pair.replaying(_writes(order, 100_000)))
+        peak = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert live == {"one": 1, "twice": 50_001}[order]
+    assert peak < 12 << 20
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 30), st.booleans()), max_size=30))
