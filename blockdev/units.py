@@ -98,7 +98,12 @@ class Units:
         if self._wrong.get(_TABLE, 0.0) > time.monotonic():
             raise CorruptImage(f"read blob: {self._digest}: offset {self.place.offset}: the table came wrong twice")
         end = memoryview(bytearray(self.place.blob_size - start))
-        source.read_into(start, end, deadline=deadline, progress=lambda filled: None)
+        try:
+            source.read_into(start, end, deadline=deadline, progress=lambda filled: None)
+        except Spilled:  # who opens an image does not ask again
+            if here := self._of_cache():
+                return here
+            raise
         table = self._parse(bytes(end[self.place.offset - start :][: self.place.length]))
         if table is None:
             raise self._complain(_TABLE, self.place.offset, "digest table")

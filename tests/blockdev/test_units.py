@@ -3,17 +3,23 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
+import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 
 from blockdev import supply, units
 from blockdev.errors import EngineError, SourceError
 from blockdev.layer import SHA256, NamedBlob
-from formats.digests import UNIT
+from blockdev.source.blob import RegistryBlob
+from formats.digests import UNIT, Table
 from tests.checked import BLOB, DIGEST, END, PLACE, WAIT, Bench, await_written, same
+from tests.commands import until
+from tests.fakes.http_server import Answer, Seen
 
 
 def test_the_table_comes_first_and_what_follows_comes_in_whole_units(bench: Bench, undo: ExitStack) -> None:
@@ -151,6 +157,41 @@ def test_a_registry_that_ignores_ranges_is_checked_too(
     else:
         assert same(blob.read_at(3 * UNIT, 1000), 3 * UNIT)
     assert same(blob.read_at(0, UNIT), 0)
+
+
+def test_a_table_that_another_reads_stream_has_brought_is_taken(bench: Bench, undo: ExitStack) -> None:
+    gate, looked = threading.Event(), threading.Event()
+    answer = bench.liar.server.answer
+
+    def hold(seen: Seen) -> Answer:
+        return replace(answer(seen), gate=gate, hold_at=UNIT)
+
+    def here(offset: int, length: int) -> bytes:
+        with bench.data.open("rb") as file:
+            found = os.pread(file.fileno(), length, offset)
+        looked.set()
+        return found
+
+    def read() -> None:
+        origin.read_into(0, memoryview(bytearray(10)), deadline=deadline, progress=lambda filled: None)
+
+    bench.liar.ranges, bench.liar.server.answer = False, hold
+    blob = bench.open(undo).blob
+    origin = RegistryBlob(bench.client, "app", DIGEST, len(BLOB), blob.store)
+    deadline = time.monotonic() + WAIT
+    found: list[Table] = []
+    other = units.Units(DIGEST, PLACE, blob, here)
+    reader = threading.Thread(target=read)
+    loader = threading.Thread(target=lambda: found.append(other.load(origin, deadline)))
+    reader.start()
+    assert until(lambda: bool(bench.liar.requests))
+    loader.start()
+    assert looked.wait(WAIT)
+    gate.set()
+    reader.join(WAIT)
+    loader.join(WAIT)
+    assert [table.place for table in found] == [PLACE]
+    assert len(bench.liar.requests) == 1
 
 
 def test_what_all_tables_have_is_bounded(bench: Bench, undo: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
