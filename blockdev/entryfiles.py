@@ -66,6 +66,7 @@ class EntryFiles:
         self.data_fd = data_fd
         self.map_fd = map_fd
         self.head = head
+        self.folder = path.parent
         self._path = path
 
     @classmethod

@@ -130,7 +130,7 @@ class OpenEntry:
         return next((units for units in in_use if units and wanted(units)), None)
 
     def _units(self, place: Place) -> Units:
-        return Units(self.digest, place, self.blob, self.files.read)
+        return Units(self.digest, place, self.blob, self.files.read, self.files.folder)
 
     def join(self, user: User) -> None:
         """One more uses it."""

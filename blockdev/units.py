@@ -4,8 +4,9 @@
 Units    what is known of the parts of one blob: its table, once it is there, and what came wrong
 Checked  a Source that fills whole units, and lets on only those whose sha256 is the table's
 
-The table comes first, in one request together with the end of the blob. Whoever delivers,
-a registry, a mirror or a peer, is held against it. formats/digests.py says what it is.
+The table comes first, in one request together with the end of the blob; where that brings the
+whole blob, it waits for the table aside. Whoever delivers, a registry, a mirror or a peer, is held
+against it. formats/digests.py says what it is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+from blockdev.early import Early
 from blockdev.engine import Blob, Fetch
 from blockdev.errors import BlockdevError, CorruptImage, SourceError
 from blockdev.source import PROGRESS_SIZE, Altered, Source, Spilled
@@ -37,12 +40,16 @@ ReadHere = Callable[[int, int], bytes]  # what the cache's file holds at an offs
 class Units:
     """The parts of one blob that its table speaks of. Thread-safe."""
 
-    def __init__(self, digest: str, place: Place, blob: Blob, here: ReadHere) -> None:
+    def __init__(self, digest: str, place: Place, blob: Blob, here: ReadHere, folder: Path) -> None:
+        """`folder`: where there is room for what comes before the table."""
         self.place = place
         self.mismatches = 0  # units that came wrong
         self._digest = digest
         self._blob = blob
         self._here = here
+        self._folder = folder
+        self._early: Early | None = None  # while the table is fetched
+        self._came_from = place.blob_size  # what lies behind that came with the table
         self._table: Table | None = None
         self._turn = threading.Lock()  # held while the table is fetched
         self._attempts = 0
@@ -80,7 +87,7 @@ class Units:
         """As load(), for who wants a range. Spilled if it is worth looking whether that came with the table."""
         first = self._table is None
         table = self.load(source, deadline)
-        if first and offset + length > self._end_start:
+        if first and offset + length > self._came_from:
             text = f"reading a blob failed: {source.name} at {offset}: it may have come with the digest table"
             raise Spilled(text, delay=_AT_ONCE)
         return table
@@ -98,17 +105,23 @@ class Units:
         if self._wrong.get(_TABLE, 0.0) > time.monotonic():
             raise CorruptImage(f"read blob: {self._digest}: offset {self.place.offset}: the table came wrong twice")
         end = memoryview(bytearray(self.place.blob_size - start))
-        try:
-            source.read_into(start, end, deadline=deadline, progress=lambda filled: None)
-        except Spilled:  # who opens an image does not ask again
-            if here := self._of_cache():
-                return here
-            raise
-        table = self._parse(bytes(end[self.place.offset - start :][: self.place.length]))
-        if table is None:
-            raise self._complain(_TABLE, self.place.offset, "digest table")
-        self._wrong.pop(_TABLE, None)
-        self._offer(table, start, end)
+        with Early(self._folder, self.place.blob_size) as early:
+            self._early = early
+            try:
+                source.read_into(start, end, deadline=deadline, progress=lambda filled: None)
+            except Spilled:  # who opens an image does not ask again
+                if here := self._of_cache():
+                    return here
+                raise
+            finally:
+                self._early = None
+            table = self._parse(bytes(end[self.place.offset - start :][: self.place.length]))
+            if table is None:
+                raise self._complain(_TABLE, self.place.offset, "digest table")
+            self._wrong.pop(_TABLE, None)
+            self._came_from = 0 if early.whole else start
+            for offset, piece in early.pieces() if early.whole else [(start, end)]:
+                self._offer(table, offset, piece)
         return table
 
     def _parse(self, body: bytes) -> Table | None:
@@ -126,8 +139,13 @@ class Units:
     # ---- units ----
 
     def offer(self, offset: int, content: memoryview) -> int:
-        """As Blob.offer(), for bytes that came unasked: what is no whole and right unit is not kept."""
-        return self._offer(self._table, offset, content) if self._table else 0
+        """As Blob.offer(), for bytes that came unasked: what is no whole and right unit is not kept. Before there is a
+        table, they are kept for it."""
+        if self._table:
+            return self._offer(self._table, offset, content)
+        if early := self._early:
+            early.put(offset, content)
+        return 0
 
     def _offer(self, table: Table, offset: int, content: memoryview) -> int:
         stored = 0

@@ -15,6 +15,7 @@ downloaded more often than 2 + log2(t / WHOLE_PAUSE) times, and from then on onc
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from blockdev.errors import BlockdevError, SourceError
 from blockdev.registry.backoff import LeftAlone
 from blockdev.registry.client import Body, Client, Part
 from blockdev.source import PROGRESS_SIZE, Spilled
+
+log = logging.getLogger(__name__)
 
 SPILL_SIZE = 4 * PROGRESS_SIZE  # bytes of one spill(), from a multiple of it: whole extents, in few calls
 # A whole body may take longer than the read that started it. It gets the time that a slow but
@@ -191,6 +194,8 @@ class RegistryBlob:
         self, body: Body, lone: _Lone, part: Part, buffer: memoryview, progress: Callable[[int], None]
     ) -> None:
         """Spill the whole blob, and fill the buffer as its bytes come by."""
+        if not self._wholes:
+            log.warning("registry ignores ranges, all of the blob is read source=%s", self.name)
         body.reply.extend(time.monotonic() + WHOLE_BODY_SECONDS + self.size / WHOLE_BODY_RATE)
         piece = memoryview(bytearray(min(SPILL_SIZE, self.size)))
         told = 0

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import threading
@@ -144,7 +145,6 @@ def test_many_readers_at_once_get_what_is_right(bench: Bench, undo: ExitStack) -
 def test_a_registry_that_ignores_ranges_is_checked_too(
     bench: Bench, undo: ExitStack, lies: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first whole body brings the table, and everything once that is known."""
     monkeypatch.setattr("blockdev.source.blob.WHOLE_PAUSE", 0.0)
     bench.liar.ranges = False
     bench.liar.place, bench.liar.lies = 3 * UNIT + 9, lies
@@ -180,7 +180,7 @@ def test_a_table_that_another_reads_stream_has_brought_is_taken(bench: Bench, un
     origin = RegistryBlob(bench.client, "app", DIGEST, len(BLOB), blob.store)
     deadline = time.monotonic() + WAIT
     found: list[Table] = []
-    other = units.Units(DIGEST, PLACE, blob, here)
+    other = units.Units(DIGEST, PLACE, blob, here, bench.blobs)
     reader = threading.Thread(target=read)
     loader = threading.Thread(target=lambda: found.append(other.load(origin, deadline)))
     reader.start()
@@ -206,3 +206,28 @@ def test_what_all_tables_have_is_bounded(bench: Bench, undo: ExitStack, monkeypa
     assert not bench.cache.stat()
     monkeypatch.setattr(supply, "TABLES_MAX", PLACE.length)
     assert same(bench.open(undo).blob.read_at(0, 10), 0)
+
+
+def test_a_registry_that_ignores_ranges_sends_the_blob_once(
+    bench: Bench, undo: ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first whole body brings the table, and all that waited for it."""
+    bench.liar.ranges = False
+    blob = bench.open(undo).blob
+    assert blob.read_at(0, len(BLOB)) == BLOB
+    assert len(bench.liar.requests) == 1
+    assert caplog.text.count("ignores ranges") == 1
+
+
+def test_where_a_whole_body_has_no_room_it_comes_again(
+    bench: Bench, undo: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("blockdev.early.write_at", full)
+    monkeypatch.setattr("blockdev.source.blob.WHOLE_PAUSE", 0.0)
+    bench.liar.ranges = False
+    blob = bench.open(undo).blob
+    assert blob.read_at(0, len(BLOB)) == BLOB
+    assert len(bench.liar.requests) == 2

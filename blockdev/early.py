@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What comes of a blob before the table that it is to be held against.
+
+A registry that ignores ranges sends the whole blob to whoever wants its end, where the table is.
+So that this body is the only one, it lies in a file without a name until the table has judged it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+from blockdev.ownfile import open_nameless
+from blockdev.ranges import write_at
+from formats.digests import UNIT
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE = 4 * UNIT  # bytes of one piece that is read back
+
+
+class Early:
+    """The bytes of one body, in order. Where they cannot be kept (a full disk), nothing is. Any thread may call."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        """`size`: of the blob; `folder`: where its cache's files are."""
+        self._folder = folder
+        self._size = size
+        self._fd = -1
+        self._kept = 0  # bytes from the blob's start
+        self._lock = threading.Lock()
+
+    def put(self, offset: int, content: memoryview) -> None:
+        """The next bytes; from offset 0 on those of another body."""
+        with self._lock:
+            if offset and offset != self._kept:
+                return
+            try:
+                if self._fd < 0:
+                    self._fd = open_nameless(self._folder)
+                self._kept = offset + write_at(self._fd, content, offset)
+            except OSError as error:
+                self._kept = 0
+                log.info("no room for what comes before a digest table: %s", error.strerror)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the blob is here."""
+        return self._kept == self._size
+
+    def pieces(self) -> Iterator[tuple[int, memoryview]]:
+        """Offset and bytes of all that is here: whole units, in order. What the disk does not give back is left out."""
+        with self._lock:
+            for offset in range(0, self._kept, _AT_ONCE):
+                try:
+                    yield offset, memoryview(os.pread(self._fd, min(_AT_ONCE, self._kept - offset), offset))
+                except OSError as error:
+                    log.warning("what came before a digest table is not read again: %s", error.strerror)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._fd, self._kept = -1, 0
