@@ -263,8 +263,8 @@ uint64_t ob_image_size(ob_image *image);
 int ob_image_read(ob_image *image, uint64_t offset, void *buffer, uint64_t length);
 
 /* Take bytes at any offset; whoever reads from now on gets them. They outlast a crash or a power
- * cut once ob_image_flush() has returned 0. -EROFS, -ENOSPC, -EIO. Blocks only if it begins or
- * ends inside a sector, for the rest of that sector; else waits for the disk. */
+ * cut once ob_image_flush() has returned 0. -EROFS, -ENOSPC, -ENODATA (the disk). Blocks only if it
+ * begins or ends inside a sector, for the rest of that sector; else waits for the disk. */
 int ob_image_write(ob_image *image, uint64_t offset, const void *buffer, uint64_t length);
 /* As a write of zeros, without the zeros. */
 int ob_image_zero(ob_image *image, uint64_t offset, uint64_t length);

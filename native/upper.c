@@ -86,6 +86,7 @@ struct run upper_lookup(const struct upper *upper, uint64_t offset, uint64_t end
 
 /* ---- files ---- */
 
+/* -ENODATA is what its disk did not give or take: -EIO says that a source has not delivered. */
 static int file_read(int fd, void *buffer, uint64_t length, uint64_t offset)
 {
 	for (uint64_t done = 0; done < length;) {
@@ -94,7 +95,7 @@ static int file_read(int fd, void *buffer, uint64_t length, uint64_t offset)
 		if (got < 0 && errno == EINTR)
 			continue;
 		if (got <= 0)
-			return status_set(EIO, "writable layer: reading at %llu: errno %d", (unsigned long long)(offset + done),
+			return status_set(ENODATA, "writable layer: reading at %llu: errno %d", (unsigned long long)(offset + done),
 			                  got ? errno : 0);
 		done += (uint64_t)got;
 	}
@@ -109,7 +110,8 @@ static int file_write(int fd, const void *buffer, uint64_t length, uint64_t offs
 		if (put < 0 && errno == EINTR)
 			continue;
 		if (put < 0)
-			return status_set(errno == ENOSPC || errno == EDQUOT ? ENOSPC : EIO, "writable layer: writing: errno %d", errno);
+			return status_set(errno == ENOSPC || errno == EDQUOT ? ENOSPC : ENODATA, "writable layer: writing: errno %d",
+			                  errno);
 		done += (uint64_t)put;
 	}
 	return 0;
@@ -128,7 +130,7 @@ static int upper_sync(struct upper *upper, int fd)
 		return 0;
 	/* The kernel forgets what it could not write, and would say that all is well the next time. */
 	upper->failed = 1;
-	return status_set(EIO, "writable layer: sync: errno %d", errno);
+	return status_set(ENODATA, "writable layer: sync: errno %d", errno);
 }
 
 int upper_flush(struct upper *upper)
@@ -137,7 +139,7 @@ int upper_flush(struct upper *upper)
 	int status;
 
 	if (upper->failed)
-		return status_set(EIO, "writable layer: an earlier sync failed");
+		return status_set(ENODATA, "writable layer: an earlier sync failed");
 	if (!upper->count)
 		return 0;
 	status = upper_sync(upper, upper->data);
@@ -156,7 +158,7 @@ int upper_flush(struct upper *upper)
 static int upper_room(struct upper *upper, uint64_t sectors)
 {
 	if (upper->failed)
-		return status_set(EIO, "writable layer: an earlier sync failed");
+		return status_set(ENODATA, "writable layer: an earlier sync failed");
 	if (upper->data_end + sectors > DATA_SECTORS_MAX
 	    || upper->index_end / sizeof(*upper->records) + upper->count >= LOG_ENTRIES_MAX)
 		return status_set(ENOSPC, "writable layer: it is full");

@@ -259,9 +259,9 @@ static void test_a_sync_that_failed_is_not_forgotten(void)
 	for (int fd = 3; fd < pipes[0]; fd++)
 		if (lseek(fd, 0, SEEK_END) >= HEAD && fd != stand.data && fd != stand.index)
 			CHECK(dup2(pipes[1], fd) == fd);
-	CHECK(ob_image_flush(stand.image) == -EIO);
-	CHECK(ob_image_flush(stand.image) == -EIO);
-	CHECK(ob_image_write(stand.image, 0, sector, SECTOR) == -EIO);
+	CHECK(ob_image_flush(stand.image) == -ENODATA);
+	CHECK(ob_image_flush(stand.image) == -ENODATA);
+	CHECK(ob_image_write(stand.image, 0, sector, SECTOR) == -ENODATA);
 	close(pipes[0]);
 	close(pipes[1]);
 	stand_free(&stand);
