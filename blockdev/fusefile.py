@@ -78,27 +78,29 @@ def _fuse_options(fd: int, writable: bool) -> dict[str, str | None]:
     return {"fd": str(fd), "rootmode": mode, **ids, "default_permissions": None}
 
 
-def mount(path: Path, *, writable: bool) -> int:
-    """Mount a FUSE file on a regular file; returns the /dev/fuse descriptor to serve it by.
+def mount(path: Path, name: str, *, writable: bool) -> int:
+    """Mount a FUSE file on a regular file; returns the /dev/fuse descriptor to serve it by. name: what the mount
+    table calls what is mounted.
 
     Users other than root go through fusermount3.
     """
     if os.geteuid() != 0:
-        return _mount_for_user(path, "rw" if writable else "ro")
+        return _mount_for_user(path, name, "rw" if writable else "ro")
     fd = _open()
     options = (name if value is None else f"{name}={value}" for name, value in _fuse_options(fd, writable).items())
     try:
-        syscalls.mount("ociblk", path, KIND, flags=_fuse_flags(writable), options=",".join(options))
+        syscalls.mount(name, path, KIND, flags=_fuse_flags(writable), options=",".join(options))
     except OSError as error:
         os.close(fd)
         raise DeviceError(f"mount failed: {path}: FUSE: {error.strerror}") from error
     return fd
 
 
-def _mount_for_user(path: Path, access: str) -> int:
+def _mount_for_user(path: Path, name: str, access: str) -> int:
+    name = name.replace("\\", "\\\\").replace(",", "\\,")
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        options = f"{access},nosuid,nodev,noexec,default_permissions,fsname=ociblk,subtype=ociblk"
+        options = f"{access},nosuid,nodev,noexec,default_permissions,subtype=ociblk,fsname={name}"
         _run_fusermount(["-o", options, "--", str(path)], path, commfd=theirs.fileno())
         theirs.close()
         fds = socket.recv_fds(ours, 1, 1)[1]

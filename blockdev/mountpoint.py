@@ -47,7 +47,7 @@ TEARDOWN_PATIENCE = 4.0  # seconds reads in flight may hold up a umount before t
 EROFS_FROM_FILE_SINCE = (7, 0)
 EROFS_FROM_FILE_STABLE = {(6, 12): 80, (6, 18): 21}
 LINK = "ociblk-"  # and the number of the connection: what EROFS of ours was mounted from, in the mount table
-LOOP_NAME = "ociblk"  # of our loop devices; a space and the root follow, where there is room
+NAME = "ociblk"  # of our loop devices and FUSE files; a space and the root follow, where there is room
 _NOT_FOR_US = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENXIO}  # a loop device of others; detached by now
 LINKS_MAX = 40  # symbolic links followed in a path, as in the kernel
 
@@ -132,8 +132,9 @@ def _place(path: Path) -> tuple[Path, int]:
 
 
 @contextlib.contextmanager
-def mount_file(path: Path, *, writable: bool = False) -> Iterator[int]:
-    """A FUSE file mounted on a regular file; the descriptor to serve it by, which the caller closes.
+def mount_file(path: Path, root: Root | None = None, *, writable: bool = False) -> Iterator[int]:
+    """A FUSE file mounted on a regular file; the descriptor to serve it by, which the caller closes. root: whose
+    owner will serve it.
 
     If the block fails, or the mounting is interrupted, it is as if it had never been.
     """
@@ -141,7 +142,7 @@ def mount_file(path: Path, *, writable: bool = False) -> Iterator[int]:
     if kind != stat.S_IFREG:
         raise DeviceError(f"mount failed: {path}: not a regular file")
     with _undone(path):
-        yield fusefile.mount(path, writable=writable)
+        yield fusefile.mount(path, f"{NAME} {root.path}" if root else NAME, writable=writable)
 
 
 @contextlib.contextmanager
@@ -188,9 +189,9 @@ def _mount_from_file(file: FuseFile, directory: Path, options: MountOptions, roo
 
 
 def _mount_through_loop(file: FuseFile, kind: str, directory: Path, options: MountOptions, root: Root) -> Mounted:
-    name = f"{LOOP_NAME} {root.path}"
+    name = f"{NAME} {root.path}"
     if len(os.fsencode(name)) > syscalls.LOOP_NAME_MAX:
-        name = LOOP_NAME
+        name = NAME
     try:
         with syscalls.attach_loop(file.path, writable=file.writable, name=name) as loop:
             syscalls.mount(loop.path, directory, kind, flags=options.flags, options=options.data)
@@ -293,7 +294,7 @@ def connection_of(entry: MountEntry) -> int | None:
 def _ours(entry: MountEntry) -> Mounted | None:
     point = Path(entry.point)
     if entry.kind == fusefile.KIND:
-        return Mounted(point, entry.kind, entry.minor, writable=not entry.read_only)
+        return Mounted(point, entry.kind, entry.minor, root=_root_of(entry.source), writable=not entry.read_only)
     if entry.major == syscalls.LOOP_MAJOR:
         return _through_loop(point, entry)
     link = re.fullmatch(rf".*/{LINK}(\d+)", entry.source, re.DOTALL)
@@ -310,11 +311,15 @@ def _through_loop(point: Path, entry: MountEntry) -> Mounted | None:
         if error.errno in _NOT_FOR_US:
             return None
         raise DeviceError(f"looking at a mount failed: {error.filename}: {error.strerror}") from error
-    name, _, root = status.name.partition(" ")
-    if name != LOOP_NAME:
+    if status.name.partition(" ")[0] != NAME:
         return None
-    whose = Path(root) if root else None
+    whose = _root_of(status.name)
     return Mounted(point, entry.kind, status.file_device, f"/dev/loop{number}", whose, not status.read_only)
+
+
+def _root_of(name: str) -> Path | None:
+    root = name.partition(" ")[2]
+    return Path(root) if root else None
 
 
 def _umount_or_fail(point: Path, flags: int) -> None:

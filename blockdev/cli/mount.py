@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
             if args.rw:
                 _check_independent(owner, root, target)
             opened = owner.call("mount", body, fds)
-            with _raw(owner, args) if args.raw else _file_system(owner, args, options, root) as mounted:
+            with _raw(owner, args, root) if args.raw else _file_system(owner, args, options, root) as mounted:
                 how = "" if args.raw else f"{mounted.kind}, {mounted.loop or 'from the file'}"
                 owner.call("mounted", {"where": str(target), "how": how, "connection": mounted.connection})
     if args.json:
@@ -87,10 +87,10 @@ def _file_system(
 
 
 @contextlib.contextmanager
-def _raw(owner: client.Connection, args: argparse.Namespace) -> Iterator[Mounted]:
+def _raw(owner: client.Connection, args: argparse.Namespace, root: Root) -> Iterator[Mounted]:
     """The image as a served file. If the block fails, it is as if it had never been."""
     file = mountpoint.vacant(args.target)
-    with _made(file), mountpoint.mount_file(file, writable=args.rw) as fuse_fd:
+    with _made(file), mountpoint.mount_file(file, root, writable=args.rw) as fuse_fd:
         try:
             owner.call("fuse", descriptors=[fuse_fd])
         finally:

@@ -442,10 +442,11 @@ def test_a_user_mounts_a_file_through_fusermount(tmp_path: Path) -> None:
         os.chown(path, nobody, nobody)
     open_to_users(file.parent)
     code = (
-        "import sys; from pathlib import Path; from blockdev import mountpoint\n"
-        f"file = Path({str(file)!r})\n"
-        "with mountpoint.mount_file(file) as fd: pass\n"
+        "import sys; from pathlib import Path; from blockdev import mountpoint, root\n"
+        f"file, root = Path({str(file)!r}), root.Root(Path('/a root, of \\\\ some'))\n"
+        "with mountpoint.mount_file(file, root) as fd: pass\n"
         "print(mountpoint.find(file).point, flush=True)\n"
+        "assert mountpoint.find(file).root == root.path, mountpoint.find(file).root\n"
         "mountpoint.umount(file)\n"
         "with mountpoint.mount_file(file) as fd: pass\n"
         "mountpoint.force_umount(file)\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdev import syscalls
+from blockdev import mountpoint, syscalls
 from blockdev.root import Root
 from tests.commands import Run, Start, devices, ended, owner_pid, until, uri_of
 from tests.requires import requires_command, requires_mount
@@ -120,6 +120,17 @@ def test_umount_returns_once_a_slow_disk_has_it(tmp_path: Path, freezable: Path,
     thaw(freezable)
     assert ended(unmounting) == (0, "")
     assert written(run, tmp_path, pair) == CONTENT
+
+
+def test_umount_knows_whose_disk_it_is(tmp_path: Path, run: Run, root: Root, ociblk: str) -> None:
+    """So that it can wait for that owner."""
+    requires_mount()
+    disk = tmp_path / "disk"
+    assert run("mount", "--raw", "--rw", "scratch", *make_pair(run, tmp_path), disk).returncode == 0
+    assert mountpoint.find(disk).root == root.path
+    other = {**os.environ, "OCIBLK_ROOT": str(tmp_path / "other")}
+    subprocess.run([ociblk, "umount", disk], check=True, env=other)
+    assert until(lambda: devices(run) == [])
 
 
 def test_an_owner_leaves_once_a_slow_disk_has_what_was_written(
