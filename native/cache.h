@@ -75,6 +75,7 @@ struct ob_blob {
 	int64_t policy_ns;
 	uint32_t host;           /* of the queue's */
 	int64_t failing_since;   /* 0: healthy */
+	int64_t failed_ns;       /* when a fetch failed last */
 	int64_t progress_ns;     /* when bytes last arrived */
 	int down;
 	int write_failed;        /* said once, until a write succeeds */

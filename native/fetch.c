@@ -16,6 +16,10 @@
 
 enum { KEPT_BYTES_MAX = 16 << 20 };     /* fetched but not cacheable (disk full): kept in memory */
 
+/* So long after a failure it says nothing of the source any more, if nothing was under way since.
+ * A pull asks again sooner (STALL in fetch/pull.py). */
+static const int64_t LAPSE_NS = 2 * 1000000000LL;
+
 static _Thread_local const struct fetch *telling;   /* what this thread tells readers of before it writes it */
 
 struct fetch *fetch_find(const struct ob_blob *blob, uint64_t extent)
@@ -29,6 +33,28 @@ struct fetch *fetch_find(const struct ob_blob *blob, uint64_t extent)
 	return NULL;
 }
 
+/* Is anything of the blob to be brought? */
+static int fetch_under_way(const struct ob_blob *blob)
+{
+	const struct fetch *fetch;
+
+	LIST_FOREACH(fetch, &blob->fetches, of_blob) {
+		if (fetch->phase != FETCH_KEPT)
+			return 1;
+	}
+	return 0;
+}
+
+/* Something is about to be fetched. A policy runs only while something was, or else the first read after a quiet time
+ * would be failed for what happened before it. */
+static void failure_lapse(struct ob_blob *blob)
+{
+	int64_t quiet = engine_now() - blob->failed_ns;
+
+	if (!fetch_under_way(blob) && (quiet >= LAPSE_NS || (blob->policy == OB_POLICY_EIO && quiet >= blob->policy_ns)))
+		blob->failing_since = 0;
+}
+
 /* Of no extents yet. */
 static struct fetch *fetch_new(struct ob_blob *blob, uint64_t first, int priority)
 {
@@ -36,6 +62,7 @@ static struct fetch *fetch_new(struct ob_blob *blob, uint64_t first, int priorit
 
 	if (!fetch)
 		return NULL;
+	failure_lapse(blob);
 	fetch->blob = blob_hold(blob);
 	fetch->queue = &blob->engine->fetch;
 	fetch->first = first;
@@ -432,6 +459,7 @@ static void fetch_failed(struct fetch *fetch, int64_t retry_ns, struct parked **
 	int64_t now = engine_now();
 
 	fetch->host->failing = 1;
+	blob->failed_ns = now;
 	if (!blob->failing_since) {
 		blob->failing_since = now;
 		engine_post(blob->engine, OB_EVENT_BLOB_FAILING, 0, blob->id);

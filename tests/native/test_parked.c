@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * test_parked.c: waits whose extents change hands. One thread plays all parts, so every
+ * test_parked.c: waits whose extents change hands, and since when their source has failed. One thread plays all parts, so every
  * order is the one it says.
  */
 #include <errno.h>
@@ -108,9 +108,72 @@ static void a_wait_moves_with_what_is_tried_again(void)
 	close_blob();
 }
 
+static int64_t failing_ns(void)
+{
+	ob_blob_stat stat;
+
+	ob_blob_get_stat(blob, &stat);
+	CHECK(!stat.down);
+	return stat.failing_ns;
+}
+
+/* A prefetch of one extent, which nobody waits for. */
+static void ask(uint64_t extent)
+{
+	CHECK(ob_blob_prefetch(blob, extent * EXTENT, EXTENT, OB_PREFETCH) == 0);
+}
+
+static void fail(ob_fetch *fetch)
+{
+	CHECK(ob_fetch_finish(fetch, -EIO, 0) == 0);
+}
+
+static void open_failing(int64_t policy_ns)
+{
+	open_blob();
+	CHECK(ob_blob_set_policy(blob, OB_POLICY_EIO, (uint64_t)policy_ns) == 0);
+	ask(0);
+	fail(next());
+	CHECK(failing_ns() > 0);
+}
+
+static void a_failure_that_nothing_was_fetched_after_is_not_held_against_the_next_reader(void)
+{
+	const int64_t policy_ns = 100000000;
+	struct wait wait;
+
+	open_failing(policy_ns);
+	while (failing_ns() <= 2 * policy_ns)
+		usleep(1000);
+	begin(&wait, 1, 1);
+	CHECK(failing_ns() == 0);
+	close_blob();
+}
+
+static void a_source_that_fails_whatever_is_asked_of_it_has_failed_since_the_first_time(void)
+{
+	const int64_t policy_ns = 3600000000000;
+	ob_fetch *lent;
+
+	open_failing(policy_ns);
+	ask(0);
+	CHECK(failing_ns() > 0);
+	lent = next();
+	CHECK(ob_blob_set_policy(blob, OB_POLICY_EIO, 1) == 0);
+	ask(2);
+	CHECK(failing_ns() > 0);
+	CHECK(ob_blob_set_policy(blob, OB_POLICY_EIO, (uint64_t)policy_ns) == 0);
+	fail(lent);
+	fail(next());
+	CHECK(failing_ns() > 0);
+	close_blob();
+}
+
 int main(void)
 {
 	a_wait_ends_with_its_fetch_though_another_has_part_of_it();
 	a_wait_moves_with_what_is_tried_again();
+	a_failure_that_nothing_was_fetched_after_is_not_held_against_the_next_reader();
+	a_source_that_fails_whatever_is_asked_of_it_has_failed_since_the_first_time();
 	return 0;
 }
