@@ -482,7 +482,9 @@ int ob_fetch_finish(ob_fetch *lent, int status, int64_t retry_ns)
 	/* What others stored meanwhile (a whole body in answer to a range) counts as done. */
 	for (uint64_t i = fetch->published; i < fetch->count; i++)
 		short_of |= extent_kind(fetch->blob, fetch->first + i) == EXTENT_FETCHING;
-	if (short_of)
+	if (short_of && status == -ESHUTDOWN)
+		fetch_abandon(fetch, -EIO, &ready);
+	else if (short_of)
 		fetch_failed(fetch, status ? retry_ns : 0, &ready, &discarded);
 	else
 		parked_settle_fetch(fetch, -EAGAIN, &ready);

@@ -128,11 +128,16 @@ static size_t on_body(char *bytes, size_t unit, size_t count, void *argument)
 	return length;
 }
 
+/* Nobody waits for it any more, which is no fault of the host's. */
+static int transfer_unwanted(const struct fetch *fetch)
+{
+	return atomic_load(&fetch->blob->engine->stopped) || atomic_load(&fetch->blob->closed);
+}
+
 /* Called by curl at least every PROGRESS_MS. */
 static int on_progress(void *argument, curl_off_t total, curl_off_t now, curl_off_t up_total, curl_off_t up)
 {
 	struct transfer *transfer = argument;
-	struct ob_blob *blob = transfer->fetch->blob;
 
 	if (engine_now() - transfer->since_ns > transfer->target->stall_ns) {
 		if (now - transfer->heard < (curl_off_t)transfer->target->stall_bytes)
@@ -140,7 +145,7 @@ static int on_progress(void *argument, curl_off_t total, curl_off_t now, curl_of
 		transfer->since_ns = engine_now();
 		transfer->heard = now;
 	}
-	return atomic_load(&blob->engine->stopped) || atomic_load(&blob->closed);
+	return transfer_unwanted(transfer->fetch);
 }
 
 /* What holds for every request. Proxies, certificates and addresses come with each target:
@@ -236,8 +241,8 @@ int ob_fetch_http(ob_fetch *lent, const ob_http_target *target, int64_t timeout_
 	int result = 0;
 
 	*out = (ob_http_answer){ .filled = transfer.filled };
-	if (atomic_load(&fetch->blob->engine->stopped)) {
-		result = status_set(ESHUTDOWN, "%s: the engine is stopping", target->failed);
+	if (transfer_unwanted(fetch)) {
+		result = status_set(ESHUTDOWN, "%s: the engine is stopping, or the blob was closed", target->failed);
 	} else if (transfer.filled == lent->length) {
 		result = 1;
 	} else if (!transfer.refused) {

@@ -165,7 +165,8 @@ int ob_fetch_next(ob_engine *engine, int lowest, int64_t timeout_ns, ob_fetch **
 int ob_fetch_advance(ob_fetch *fetch, uint64_t filled);
 /* Gives the fetch back; it is invalid afterwards. status 0: everything was advanced.
  * status -errno: what was not advanced is queued again after retry_ns, if retry_ns > 0
- * and somebody still wants it, else its waiters fail with EIO. */
+ * and somebody still wants it, else its waiters fail with EIO. -ESHUTDOWN: the source was
+ * not at fault, and nothing is tried again. */
 int ob_fetch_finish(ob_fetch *fetch, int status, int64_t retry_ns);
 
 enum { OB_HTTP_HEADERS = 4 };
@@ -193,7 +194,7 @@ typedef struct {
 /* Fills what is not advanced yet with one GET of that range, advancing as it arrives; with
  * `hold` it advances nothing: the caller looks at the bytes first. Blocks for timeout_ns. 1: it
  * is full. 0: the answer was another; *out, and nothing was taken of it. -EIO: no answer, or not
- * all of it; what was advanced stays. */
+ * all of it; what was advanced stays. -ESHUTDOWN: the engine was stopped, or the blob closed. */
 int ob_fetch_http(ob_fetch *fetch, const ob_http_target *target, int64_t timeout_ns, int32_t hold, ob_http_answer *out);
 
 /* ---- files: plain content of a layer --------------------------------------------------- */

@@ -25,7 +25,7 @@ if lib.ob_abi_version() != ABI_VERSION:
 
 
 class EngineStopped(EngineError):
-    """The engine is stopping: nothing waits any more."""
+    """The engine is stopping, or what was to be fetched is of a blob that was closed: nothing waits any more."""
 
 
 _ERROR_CLASS: dict[int, type[BlockdevError]] = {

@@ -62,7 +62,7 @@ class Pool:
         self._failing: dict[int, BlockdevError] = {}  # blob id: why its last fetch failed
         self._wrong: dict[int, CorruptImage] = {}  # blob id: what of it came wrong last
         self._stopping = False
-        self._changed = threading.Condition()  # guards supplies, down and stopping
+        self._changed = threading.Condition()  # guards all of these, but for one look at an id
         self._threads = [
             threading.Thread(
                 target=self._fetch,
@@ -99,8 +99,8 @@ class Pool:
         with self._changed:
             self._supplies.pop(id, None)
             self._down.discard(id)
-        self._failing.pop(id, None)
-        self._wrong.pop(id, None)
+            self._failing.pop(id, None)
+            self._wrong.pop(id, None)
 
     def failure(self, id: int) -> BlockdevError | None:
         """Why the last fetch of a blob failed; None if it did not."""
@@ -146,8 +146,8 @@ class Pool:
         """One fetch, from taken to given back."""
         supply = self._supplies.get(fetch.blob_id)
         if supply is None:
-            log.warning("fetch failed blob=%d offset=%d: it has no source any more", fetch.blob_id, fetch.offset)
-            fetch.finish(errno.EIO)
+            log.debug("fetch given up blob=%d offset=%d: it has no source any more", fetch.blob_id, fetch.offset)
+            fetch.finish(errno.ESHUTDOWN)
             return
         source = supply.source
         if time.monotonic() < supply.refused_until:
@@ -204,11 +204,14 @@ class Pool:
             source.read_into(fetch.offset, fetch.buffer, deadline=deadline, progress=progress)
 
     def _note_failure(self, fetch: Fetch, name: str, error: BlockdevError) -> None:
-        """The first failure of a blob is news, the following ones are not."""
-        first = fetch.blob_id not in self._failing
-        self._failing[fetch.blob_id] = copy.copy(error)  # without its frames, and their buffers
-        if isinstance(error, CorruptImage):
-            self._wrong[fetch.blob_id] = copy.copy(error)
+        """The first failure of a blob is news, the following ones are not; nor is one of a blob that is closed by now."""
+        with self._changed:
+            known = fetch.blob_id in self._supplies
+            first = known and fetch.blob_id not in self._failing
+            if known:
+                self._failing[fetch.blob_id] = copy.copy(error)  # without its frames, and their buffers
+            if known and isinstance(error, CorruptImage):
+                self._wrong[fetch.blob_id] = copy.copy(error)
         log.log(
             logging.WARNING if first else logging.DEBUG,
             "fetch failed source=%s offset=%d length=%d attempt=%d: %s",

@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import math
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from blockdev.cache import Cache, Entry
 from blockdev.config import Policy
-from blockdev.engine import Engine, Priority
+from blockdev.engine import Engine, EventKind, Priority
 from blockdev.errors import SourceError
 from blockdev.fetch.pool import REFUSED_DELAY, Pool
 from blockdev.registry.backoff import Backoff
@@ -25,7 +27,7 @@ from blockdev.registry.credentials import Provider
 from blockdev.source.blob import WHOLE_PAUSE, RegistryBlob
 from formats import oci
 from tests.fakes.blob_server import REPOSITORY, BlobServer
-from tests.fakes.http_server import Answer
+from tests.fakes.http_server import Answer, Ending, HttpServer, Seen, ranged
 from tests.registries import Registry
 
 CONTENT = os.urandom(5_000_000)
@@ -199,3 +201,40 @@ def test_no_ranges_and_no_cache_does_not_mean_a_download_for_each_miss(bench: Be
                 right += 1
         assert right
         assert len(server.gets) <= 1 + math.log2(1 + (time.monotonic() - begin) / WHOLE_PAUSE)
+
+
+def test_closing_a_blob_is_no_failure_of_its_registry(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    stalls = False
+
+    def answer(seen: Seen) -> Answer:
+        found = ranged(seen, CONTENT)
+        return replace(found, cut=10, ending=Ending.STALL) if stalls else found
+
+    with HttpServer(answer) as server:
+        entry = bench.open(server.host, Policy("eio", WAIT))
+        assert entry.blob.read_at(0, 10) == CONTENT[:10]
+        stalls, asked = True, len(server.seen)
+        entry.blob.prefetch(2_000_000, 10, Priority.PREFETCH)
+        _await(lambda: len(server.seen) > asked)
+        stalls = False
+        bench.pool.detach(entry.id)
+        entry.close()
+        _await(lambda: any(connection.fileno() < 0 for connection in server.connections))
+        other = bench.open(server.host, Policy("eio", WAIT))
+        assert other.blob.read_at(2_000_000, 10) == CONTENT[2_000_000:2_000_010]
+        events = []
+        while event := bench.engine.next_event():
+            events.append(event.kind)
+        bench.engine.stop()
+        assert bench.pool.join(WAIT)
+        assert EventKind.BLOB_FAILING not in events
+        assert bench.backoff.waiting(server.host) == 0
+        assert bench.pool.failure(entry.id) is None
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def _await(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

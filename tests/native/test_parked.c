@@ -5,6 +5,7 @@
 #include <errno.h>
 
 #include "cache.h"
+#include "engine.h"
 #include "memory.h"
 #include "parked.h"
 
@@ -169,11 +170,25 @@ static void a_source_that_fails_whatever_is_asked_of_it_has_failed_since_the_fir
 	close_blob();
 }
 
+static void what_is_given_up_is_no_failure_of_the_source(void)
+{
+	ob_event event;
+	struct wait wait;
+
+	open_blob();
+	begin(&wait, 0, 1);
+	CHECK(ob_fetch_finish(next(), -ESHUTDOWN, 1) == 0);
+	CHECK(wait.over && wait.status == -EIO);
+	CHECK(failing_ns() == 0 && ob_event_next(engine, &event) == 0 && !engine->fetch.hosts[0].failing);
+	close_blob();
+}
+
 int main(void)
 {
 	a_wait_ends_with_its_fetch_though_another_has_part_of_it();
 	a_wait_moves_with_what_is_tried_again();
 	a_failure_that_nothing_was_fetched_after_is_not_held_against_the_next_reader();
 	a_source_that_fails_whatever_is_asked_of_it_has_failed_since_the_first_time();
+	what_is_given_up_is_no_failure_of_the_source();
 	return 0;
 }
