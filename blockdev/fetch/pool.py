@@ -35,6 +35,7 @@ ATTEMPT_TIMEOUT = 30.0  # seconds for one range: a slow link's 4 MiB; what has a
 PROBE_TIMEOUT = 3.0  # seconds; a probe moves a few bytes, and others wait behind it
 PROBE_INTERVAL = 1.0  # seconds between rounds: how late a source's return is noticed
 _IDLE = 15.0  # seconds of one wait for a fetch; after it, kept connections and buffers are given up
+_UNABLE_PAUSE = 1.0  # seconds until a thread that could not take a fetch tries to again
 REFUSED_DELAY = 5.0  # seconds; readers of a blob that was denied or not found do not each ask about it anew
 
 
@@ -134,11 +135,19 @@ class Pool:
     # ---- fetch-N ----
 
     def _fetch(self, lowest: Priority) -> None:
+        unable = False
         while True:
             try:
                 fetch = self._engine.next_fetch(lowest, timeout=_IDLE)
             except EngineStopped:
                 return
+            except BlockdevError as error:  # no memory for a buffer: what is queued waits, as long as its policy says
+                log.log(logging.DEBUG if unable else logging.ERROR, "fetching stands still: %s", error)
+                unable = True
+                with self._changed:
+                    self._changed.wait_for(lambda: self._stopping, _UNABLE_PAUSE)
+                continue
+            unable = False
             if fetch:
                 self._answer(fetch)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import random
@@ -16,7 +17,7 @@ import pytest
 from blockdev.cache import Cache, Entry
 from blockdev.config import Policy
 from blockdev.engine import Engine, EngineStopped, EventKind, Priority
-from blockdev.errors import NotFound, SourceError
+from blockdev.errors import EngineError, NotFound, SourceError
 from blockdev.fetch import pool as pool_module
 from blockdev.fetch.pool import Pool
 from blockdev.source import Spilled
@@ -261,3 +262,28 @@ def test_stopping_ends_readers_and_idle_threads(bench: Bench) -> None:
 def test_threads_are_called_by_their_work(bench: Bench) -> None:
     names = {thread.name for thread in threading.enumerate()}
     assert {"fetch-0", "fetch-1", "fetch-2", "probe"} <= names
+
+
+def test_a_fetch_thread_that_can_take_nothing_for_a_time_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pool_module, "_IDLE", 0.05)
+    bench, free = Bench(tmp_path / "blobs"), threading.Event()
+
+    def wait_in_the_place_of_one() -> None:
+        while not free.wait(0.01):
+            with contextlib.suppress(EngineError):
+                bench.engine.next_fetch(Priority.BULK, timeout=0.5)
+
+    others = [threading.Thread(target=wait_in_the_place_of_one) for _ in range(40)]  # 32 have room
+    try:
+        for other in others:
+            other.start()
+        _await(lambda: any("fetching stands still" in record.message for record in caplog.records))
+    finally:
+        free.set()
+        for other in others:
+            other.join(WAIT)
+    assert bench.entry.blob.read_at(0, 10) == CONTENT[:10]
+    assert all(thread.is_alive() for thread in bench.pool._threads)
+    bench.close()
