@@ -361,6 +361,25 @@ def test_a_mount_bound_elsewhere_keeps_its_file(mounter: Mounter, tmp_path: Path
     mount.disk.wait()
 
 
+def test_a_loop_device_is_known_where_its_number_is_not_its_minor_number(
+    mounter: Mounter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with loop.max_part, which is set when the kernel starts."""
+    mount = mounter("ext4")
+    entry = syscalls.mounted_at(mount.directory)
+    assert entry
+    assert mount.mounted.loop
+    minor, name, tree = entry.minor + 16, Path(mount.mounted.loop).name, tmp_path / "sys"
+    (tree / "dev/block").mkdir(parents=True)
+    (tree / f"dev/block/7:{minor}").symlink_to(f"../../devices/virtual/block/{name}")
+    (tree / "block").symlink_to("/sys/block")
+    with monkeypatch.context() as patch:
+        patch.setattr(syscalls, "_SYS", tree)
+        assert mountpoint.connection_of(entry._replace(minor=minor)) == mount.mounted.connection
+        assert mountpoint.connection_of(entry) is None
+    mountpoint.umount(mount.directory)
+
+
 def test_a_dead_owner_gives_eio_through_the_file_system(mounter: Mounter) -> None:
     mount = mounter("ext4")
     reader = start_reader(mount.directory / "big")
