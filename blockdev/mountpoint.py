@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockdev import fusefile, syscalls
-from blockdev.errors import BlockdevError, DeviceError, NotFound, from_os
+from blockdev.errors import BlockdevError, DeviceError, NotFound, UsageError, from_os
 from blockdev.fusefile import FuseFile
 from blockdev.mountoptions import MountOptions
 from blockdev.root import Root
@@ -97,17 +97,19 @@ def _locate(path: Path) -> Path:
     """The path with all links resolved, without touching what is mounted on it."""
     for _ in range(LINKS_MAX):
         if path.name in ("", ".."):
-            return path.resolve()
-        path = path.absolute().parent.resolve() / path.name
+            return Path(os.path.realpath(path))
+        path = Path(os.path.realpath(path.absolute().parent)) / path.name
         if syscalls.mounted_at(path) or not _is_link(path):
             return path
         path = path.parent / path.readlink()
-    raise DeviceError(f"finding a path failed: {path}: {os.strerror(errno.ELOOP)}")
+    raise UsageError(f"finding a path failed: {path}: {os.strerror(errno.ELOOP)}")
 
 
 def _is_link(path: Path) -> bool:
     try:
-        return path.is_symlink()
+        return stat.S_ISLNK(path.lstat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     except OSError as error:
         raise from_os("finding a path failed", error, str(path)) from None
 

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_independent(owner: client.Connection, root: Root, target: Path) -> None:
     """The owner must not need what it serves: it would wait for itself as soon as memory is short."""
-    place = target.resolve()
+    place = Path(os.path.realpath(target))
     served = {device["connection"] for device in owner.call("ps")["devices"]} - {None}
     needed = {
         "its root": [root.path.resolve()],

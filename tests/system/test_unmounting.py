@@ -181,8 +181,12 @@ def test_a_file_that_is_mounted_is_refused_without_asking_its_server(tmp_path: P
 
 
 @pytest.mark.parametrize("words", [("mount", LAYER), ("umount",)])
-@pytest.mark.parametrize("target", ["", "x" * 300])
-def test_a_place_that_cannot_be_is_a_usage_error(run: Run, words: tuple[str | Path, ...], target: str) -> None:
+@pytest.mark.parametrize("target", ["", "x" * 300, "loop", "loop/x"])
+def test_a_place_that_cannot_be_is_a_usage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run, words: tuple[str | Path, ...], target: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
     refused = run(*words, target)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert run("mount", "--raw", LAYER, target).returncode == 2
