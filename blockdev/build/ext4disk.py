@@ -172,6 +172,8 @@ def _make_file_system(disk: Path) -> None:
         )
     except OSError as error:
         raise from_os("making an ext4 failed", error, command[0]) from None
+    except subprocess.TimeoutExpired:
+        raise DeviceError(f"making an ext4 failed: {disk}: mkfs.ext4 has not ended in {_MKFS_SECONDS:g} s") from None
     if made.returncode:
         raise DeviceError(f"making an ext4 failed: {disk}: {made.stderr.strip() or made.returncode}")
 

@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 from blockdev.build.depot import Blob, Depot, Read, Tell, checked
 from blockdev.errors import CorruptImage, NotFound, UsageError, from_os
 from blockdev.registry.client import Document
+from blockdev.regular import open_regular
 from blockdev.replacement import replacing
 from blockdev.staging import copy_content, digest_of
 from formats import layout, oci
@@ -64,12 +66,8 @@ class Layout:
     def opened(self, blob: oci.Descriptor) -> Iterator[Read]:
         """As Depot.opened()."""
         path = self._path(blob.digest)
-        try:
-            file = path.open("rb", buffering=0)
-        except OSError as error:
-            raise from_os("read image layout", error, str(path)) from None
-        with file:
-            yield checked(lambda length: file.read(length) or b"", blob, str(path))
+        with _open(path) as file:
+            yield checked(file.read, blob, str(path))
 
     def check(self) -> None:
         """As Depot.check()."""
@@ -168,17 +166,21 @@ class Layout:
     def _read(self, name: str) -> bytes:
         path = self.folder / name
         try:
-            with path.open("rb") as file:
+            with _open(path) as file:
                 return file.read(oci.DOCUMENT_SIZE_MAX + 1)
         except OSError as error:
             raise from_os("read image layout", error, str(path)) from None
+
+
+def _open(path: Path) -> BinaryIO:
+    return os.fdopen(open_regular(path, "read image layout"), "rb")
 
 
 def _holds(path: Path, blob: Blob) -> bool:
     """Whether the blob is there, every byte of it."""
     if not path.exists() or path.stat().st_size != blob.size:
         return False
-    with path.open("rb", buffering=0) as file:
+    with _open(path) as file:
         return digest_of(file.fileno(), blob.digest.partition(":")[0]) == blob.digest
 
 

@@ -137,6 +137,17 @@ def test_a_blob_whose_content_has_changed_is_refused(tmp_path: Path, file: int) 
             _all(layout)
 
 
+@pytest.mark.parametrize("name", ["oci-layout", "index.json", "blobs/sha256/" + DIGEST.removeprefix("sha256:")])
+def test_nobody_is_waited_for_to_write_to_a_file_of_a_layout(tmp_path: Path, file: int, name: str) -> None:
+    layout = Layout(tmp_path / "images", "one")
+    layout.put_blob(Blob(DIGEST, len(CONTENT), file), lambda done: None)
+    layout.tag(DOCUMENT)
+    (tmp_path / "images" / name).unlink()
+    os.mkfifo(tmp_path / "images" / name)
+    with pytest.raises(UsageError, match="neither a file"):
+        _ = layout.document("one"), _all(layout)
+
+
 def test_writers_of_one_layout_lose_nothing(tmp_path: Path) -> None:
     def tag(number: int) -> None:
         for turn in range(5):
