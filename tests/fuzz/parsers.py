@@ -30,6 +30,7 @@ from tests.fuzz.filesystems import erofs
 FIX = 1  # bit of the first byte: make checksums right
 SEAL = 2  # bit of the first byte: a presence map's seal is right too
 MAP_CRC_SIZE = 4  # of the head's CRC, and of the seal behind it
+HEAD_WORDS = ((168, 3), (200, 4))  # of a presence map: what was checked with, and whose; from which version on
 READ_MAX = 1 << 20  # bytes of a decoded layer that are read
 SECTORS_MAX = 100_000  # of a log that is compared sector by sector
 HEAD_FRONT = 136  # bytes of an LSMT head: all but its version and tag, which nobody judges
@@ -138,7 +139,8 @@ def head(content: bytes) -> None:
         raw = raw[: -2 * MAP_CRC_SIZE] + crc.to_bytes(MAP_CRC_SIZE, "little") + seal
     with suppress(FormatError):
         parsed = presence.Head.parse(raw)
-        assert bool(parsed.table) == (raw[8] == presence.VERSION)
+        said = [raw[at : at + 32] if raw[8] >= since else bytes(32) for at, since in HEAD_WORDS]
+        assert [bytes.fromhex(word[7:]).ljust(32, b"\0") for word in (parsed.table, parsed.repository)] == said
         assert presence.Head.parse(parsed.build()) == parsed
         assert presence.map_size(parsed.size) >= presence.TABLE_OFFSET
     first, count = len(table) % 7, len(table) // 3
