@@ -18,6 +18,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol
 
+from blockdev.build.archivestream import ArchiveStream
 from blockdev.build.depot import Depot, Read
 from blockdev.build.disk import all_cores
 from blockdev.build.erofsdisk import ErofsDisk
@@ -25,7 +26,6 @@ from blockdev.build.layerfile import Wrapping
 from blockdev.build.result import Kind, put_image, put_index
 from blockdev.build.sending import Finished, Meter, Progress, Sending
 from blockdev.build.sourceimage import Archived, SourceImage, choose
-from blockdev.build.unpacking import Unpacking
 from blockdev.build.workshop import Made, Workshop, Written
 from blockdev.errors import CorruptImage, UsageError, from_os
 from blockdev.registry.client import Document
@@ -174,13 +174,13 @@ def _usable(found: list[_Known], disk: Disk) -> list[_Known]:
     return usable
 
 
-def _archives(source: Depot, layers: Sequence[Archived], meter: Meter) -> Generator[Unpacking, None, None]:
+def _archives(source: Depot, layers: Sequence[Archived], meter: Meter) -> Generator[ArchiveStream, None, None]:
     """Each layer's archive; the next one is on its way already. All are closed in the end."""
-    waiting: deque[Unpacking] = deque()
+    waiting: deque[ArchiveStream] = deque()
     try:
         for layer in (*layers, None):
             if layer:
-                waiting.append(Unpacking(source, layer, meter.counting))
+                waiting.append(ArchiveStream(source, layer, meter.counting))
             if len(waiting) > 1 or (waiting and layer is None):
                 yield waiting[0]
                 waiting.popleft().close()
@@ -189,7 +189,7 @@ def _archives(source: Depot, layers: Sequence[Archived], meter: Meter) -> Genera
             archive.close()
 
 
-def _write(disk: Disk, archive: Unpacking, head: Head, file: BinaryIO) -> Written:
+def _write(disk: Disk, archive: ArchiveStream, head: Head, file: BinaryIO) -> Written:
     try:
         with _naming(archive):
             written = disk.write(archive.read, head, file, archive.name)
@@ -200,7 +200,7 @@ def _write(disk: Disk, archive: Unpacking, head: Head, file: BinaryIO) -> Writte
 
 
 @contextmanager
-def _naming(archive: Unpacking) -> Iterator[None]:
+def _naming(archive: ArchiveStream) -> Iterator[None]:
     """What cannot be made of an archive is the archive's fault."""
     try:
         yield

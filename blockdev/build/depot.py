@@ -19,7 +19,7 @@ Tell = Callable[[int], None]  # bytes that have arrived so far
 
 
 @dataclass(frozen=True)
-class Blob:
+class BlobFile:
     """A blob that can be put somewhere: a file that is open for reading."""
 
     digest: str
@@ -42,7 +42,7 @@ class Depot(Protocol):
     def check(self) -> None:
         """Raise what is known to forbid to put anything there, before much is made for it."""
 
-    def put_blob(self, blob: Blob, tell: Tell, others: tuple[str, ...] = ()) -> bool:
+    def put_blob(self, blob: BlobFile, tell: Tell, others: tuple[str, ...] = ()) -> bool:
         """Bring a blob there; whether it was sent. `others`: names of depots that may have it, too."""
 
     def put_document(self, document: Document) -> None:
@@ -69,7 +69,7 @@ def put_bytes(depot: Depot, media_type: str, content: bytes) -> Descriptor:
     digest = digest_of(content)
     with os.fdopen(os.memfd_create("blob", os.MFD_CLOEXEC), "w+b", buffering=0) as file:
         file.write(content)
-        depot.put_blob(Blob(digest, len(content), file.fileno()), lambda arrived: None)
+        depot.put_blob(BlobFile(digest, len(content), file.fileno()), lambda arrived: None)
     return Descriptor(media_type, digest, len(content))
 
 

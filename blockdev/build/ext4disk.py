@@ -51,7 +51,7 @@ _OVER = " over "  # in Written.state: between a layer's digest and that of the o
 
 
 @dataclass(frozen=True)
-class Place:
+class Workplace:
     """Where layers are worked on. scratch: a directory for pairs and mount points; undo: the end of the conversion."""
 
     attach: Attach
@@ -68,10 +68,10 @@ def check_rights() -> None:
 class Ext4Disk:
     """Grows by a layer with each write() or follow(), bottom first. FormatError for an archive that is none."""
 
-    def __init__(self, wrapping: Wrapping, jobs: int, place: Place) -> None:
+    def __init__(self, wrapping: Wrapping, jobs: int, workplace: Workplace) -> None:
         self._wrapping = wrapping
         self._jobs = jobs
-        self._place = place
+        self._workplace = workplace
         self._tree = Tree()
         self._applied = Applied()
         self._files: list[int] = []  # the layers
@@ -79,7 +79,7 @@ class Ext4Disk:
 
     def write(self, read: Read, head: Head, file: BinaryIO, name: str) -> Written:
         """The layer that an archive stands for, into an empty file. head: the UUIDs; name: for messages."""
-        with tempfile.TemporaryDirectory(prefix="ext4-", dir=self._place.scratch) as folder:
+        with tempfile.TemporaryDirectory(prefix="ext4-", dir=self._workplace.scratch) as folder:
             disk, mount = Path(folder) / "disk", Path(folder) / "mount"
             disk.touch()
             mount.mkdir()
@@ -93,7 +93,7 @@ class Ext4Disk:
     def _work(self, read: Read, pair: tuple[Path, Path], places: tuple[Path, Path], name: str) -> None:
         """Do what an archive says to the disk of the layers so far, which then has its changes in the pair."""
         disk, mount = places
-        with self._place.attach(self._files, pair, disk):
+        with self._workplace.attach(self._files, pair, disk):
             if not self._files:
                 _make_file_system(disk)
             with _mounted(disk, mount), _on_one_cpu():
@@ -117,7 +117,7 @@ class Ext4Disk:
     def _keep(self, file: BinaryIO, written: Written) -> None:
         """The layer for those to come: whoever gave the file closes it when it was sent."""
         self._files.append(os.dup(file.fileno()))
-        self._place.undo.callback(os.close, self._files[-1])
+        self._workplace.undo.callback(os.close, self._files[-1])
         self._state = written.state.partition(_OVER)[0]
 
     def _commit(self, pair: tuple[Path, Path], head: Head, file: BinaryIO) -> Written:

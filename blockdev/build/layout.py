@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from blockdev.build.depot import Blob, Depot, Read, Tell, checked
+from blockdev.build.depot import BlobFile, Depot, Read, Tell, checked
 from blockdev.errors import CorruptImage, NotFound, UsageError, from_os
 from blockdev.registry.client import Document
 from blockdev.regular import open_regular
@@ -77,7 +77,7 @@ class Layout:
         except FormatError as error:
             raise CorruptImage(f"write image layout: {self.folder}: {error}") from None
 
-    def put_blob(self, blob: Blob, tell: Tell, others: tuple[str, ...] = ()) -> bool:
+    def put_blob(self, blob: BlobFile, tell: Tell, others: tuple[str, ...] = ()) -> bool:
         """As Depot.put_blob()."""
         path = self._path(blob.digest)
         try:
@@ -176,7 +176,7 @@ def _open(path: Path) -> BinaryIO:
     return os.fdopen(open_regular(path, "read image layout"), "rb")
 
 
-def _holds(path: Path, blob: Blob) -> bool:
+def _holds(path: Path, blob: BlobFile) -> bool:
     """Whether the blob is there, every byte of it."""
     if not path.exists() or path.stat().st_size != blob.size:
         return False

@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import BinaryIO
 
-from blockdev.build.depot import Blob, document_of, put_bytes
+from blockdev.build.depot import BlobFile, document_of, put_bytes
 from blockdev.build.repository import Repository
 from blockdev.engine import Engine
 from blockdev.errors import CorruptImage, UsageError, from_os
@@ -175,7 +175,7 @@ def _wrapped(layer: BinaryIO, out: BinaryIO) -> BinaryIO:
 
 
 def _upload(repository: Repository, blob: _Blob, progress: Progress) -> bool:
-    named = Blob(blob.digest, blob.size, blob.file.fileno())
+    named = BlobFile(blob.digest, blob.size, blob.file.fileno())
     sent = repository.put_blob(named, lambda sent: progress(blob.name, sent, blob.size))
     progress(blob.name, blob.size, blob.size)
     return sent

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
-from blockdev.build.depot import Blob, Depot, Read, Tell, checked
+from blockdev.build.depot import BlobFile, Depot, Read, Tell, checked
 from blockdev.errors import CorruptImage, NotFound, SourceError, UsageError
 from blockdev.registry.client import Body, Client, Document, Part
 from blockdev.registry.exchange import PIECE_SIZE
@@ -54,7 +54,7 @@ class Repository:
         """As Depot.check()."""
         _patiently(lambda: self._client.check_upload(self._repository))
 
-    def put_blob(self, blob: Blob, tell: Tell, others: tuple[str, ...] = ()) -> bool:
+    def put_blob(self, blob: BlobFile, tell: Tell, others: tuple[str, ...] = ()) -> bool:
         """As Depot.put_blob(). What another repository of the registry has is taken from there."""
         prefix = f"{self.reference.registry}/"
         near = [name.removeprefix(prefix) for name in others if name.startswith(prefix)]

@@ -12,7 +12,7 @@ from queue import SimpleQueue
 from typing import BinaryIO, Self
 
 from blockdev.build.ahead import LEAVE_SECONDS
-from blockdev.build.depot import Blob, Depot, Read
+from blockdev.build.depot import BlobFile, Depot, Read
 from blockdev.build.sourceimage import Archived, SourceImage
 from blockdev.build.workshop import Made, Workshop, Written
 from blockdev.staging import digest_of
@@ -120,7 +120,7 @@ class Sending:
             self.meter.sent(arrived, size)
 
         others = (self._source.name, *made.places)
-        sent = self._target.put_blob(Blob(made.digest, size, file.fileno()), tell, others)
+        sent = self._target.put_blob(BlobFile(made.digest, size, file.fileno()), tell, others)
         self.meter.arrived(size)
         if self._target.name not in made.places:
             made = replace(made, places=(*made.places, self._target.name))

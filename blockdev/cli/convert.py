@@ -89,13 +89,13 @@ def _maker(args: argparse.Namespace, undo: ExitStack) -> MakeDisk:
         from blockdev.build.erofsdisk import ErofsDisk
 
         return ErofsDisk
-    from blockdev.build.ext4disk import Ext4Disk, Place, check_rights
+    from blockdev.build.ext4disk import Ext4Disk, Workplace, check_rights
     from blockdev.cli.attached import attached
 
     check_rights()
     root = Root(args.root)
-    place = Place(partial(attached, root), root.path, undo)
-    return lambda wrapping, jobs: Ext4Disk(wrapping, jobs, place)
+    workplace = Workplace(partial(attached, root), root.path, undo)
+    return lambda wrapping, jobs: Ext4Disk(wrapping, jobs, workplace)
 
 
 def _platform(text: str | None) -> Any:

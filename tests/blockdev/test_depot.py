@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdev.build.depot import Blob, Depot
+from blockdev.build.depot import BlobFile, Depot
 from blockdev.build.layout import Layout
 from blockdev.build.repository import Repository
 from blockdev.errors import AccessDenied, CorruptImage, NotFound, SourceError, UsageError
@@ -71,10 +71,10 @@ def _found(registry: Registry, index: str) -> list[dict[str, object]]:
 
 def test_a_blob_that_was_put_is_read_back_and_not_put_twice(depot: Depot, file: int) -> None:
     told: list[int] = []
-    assert depot.put_blob(Blob(DIGEST, len(CONTENT), file), told.append)
+    assert depot.put_blob(BlobFile(DIGEST, len(CONTENT), file), told.append)
     assert told[-1] == len(CONTENT)
     assert oci.digest_of(_all(depot)) == DIGEST
-    assert not depot.put_blob(Blob(DIGEST, len(CONTENT), file), told.append)
+    assert not depot.put_blob(BlobFile(DIGEST, len(CONTENT), file), told.append)
 
 
 def test_a_document_is_found_by_its_tag_and_its_digest(depot: Depot) -> None:
@@ -129,7 +129,7 @@ def test_a_folder_may_be_named_like_one_with_a_tag(tmp_path: Path) -> None:
 
 def test_a_blob_whose_content_has_changed_is_refused(tmp_path: Path, file: int) -> None:
     layout = Layout(tmp_path / "images", None)
-    layout.put_blob(Blob(DIGEST, len(CONTENT), file), lambda done: None)
+    layout.put_blob(BlobFile(DIGEST, len(CONTENT), file), lambda done: None)
     path = tmp_path / "images" / "blobs" / "sha256" / DIGEST.removeprefix("sha256:")
     for wrong in (CONTENT[:-1], CONTENT + b"x", bytes([CONTENT[0] ^ 1]) + CONTENT[1:]):
         path.write_bytes(wrong)
@@ -140,7 +140,7 @@ def test_a_blob_whose_content_has_changed_is_refused(tmp_path: Path, file: int) 
 @pytest.mark.parametrize("name", ["oci-layout", "index.json", "blobs/sha256/" + DIGEST.removeprefix("sha256:")])
 def test_nobody_is_waited_for_to_write_to_a_file_of_a_layout(tmp_path: Path, file: int, name: str) -> None:
     layout = Layout(tmp_path / "images", "one")
-    layout.put_blob(Blob(DIGEST, len(CONTENT), file), lambda done: None)
+    layout.put_blob(BlobFile(DIGEST, len(CONTENT), file), lambda done: None)
     layout.tag(DOCUMENT)
     (tmp_path / "images" / name).unlink()
     os.mkfifo(tmp_path / "images" / name)
@@ -180,8 +180,8 @@ def test_a_layout_is_read_by_skopeo(tmp_path: Path, file: int) -> None:
     described = oci.Descriptor(oci.OCI_CONFIG, oci.digest_of(config), len(config))
     with io.FileIO(os.memfd_create("config"), "w+") as small:
         small.write(config)
-        layout.put_blob(Blob(described.digest, described.size, small.fileno()), lambda done: None)
-    layout.put_blob(Blob(DIGEST, len(CONTENT), file), lambda done: None)
+        layout.put_blob(BlobFile(described.digest, described.size, small.fileno()), lambda done: None)
+    layout.put_blob(BlobFile(DIGEST, len(CONTENT), file), lambda done: None)
     body = oci.Manifest(described, (BLOB,)).build()
     layout.tag(Document(oci.OCI_MANIFEST, oci.digest_of(body), body))
     requires_command("skopeo")
@@ -315,7 +315,7 @@ def test_a_busy_registry_is_waited_for_at_each_step_of_an_upload(
     client = Client(registry.server.host, NOBODY)
     with registry.server, open(tmp_path / "content", "rb") as file:
         depot = Repository(client, oci.Reference.parse(f"{registry.server.host}/app:one"))
-        assert depot.put_blob(Blob(DIGEST, len(CONTENT), file.fileno()), lambda arrived: None)
+        assert depot.put_blob(BlobFile(DIGEST, len(CONTENT), file.fileno()), lambda arrived: None)
     client.close()
     assert oci.digest_of(registry.content) == DIGEST
     twice = [step for step in ("HEAD", "POST", "PATCH", "PATCH") for _ in range(2)]

@@ -23,7 +23,7 @@ class _Closed(Exception):
     """Nobody wants the archive any more."""
 
 
-class Unpacking:
+class ArchiveStream:
     """Begins at once. read() for one thread; finish() once the archive's end was read; close() in any case."""
 
     def __init__(self, source: Depot, layer: Archived, counting: Callable[[Read], Read]) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from blockdev.build.ahead import DEPTH
-from blockdev.build.depot import Blob, Read
+from blockdev.build.archivestream import ArchiveStream
+from blockdev.build.depot import BlobFile, Read
 from blockdev.build.layout import Layout
 from blockdev.build.sourceimage import Archived
-from blockdev.build.unpacking import Unpacking
 from formats import oci
 
 ARCHIVE = b"x" * (4 * DEPTH)
@@ -39,13 +39,13 @@ def source(tmp_path: Path) -> Layout:
     depot = Layout(tmp_path / "source", "1")
     (tmp_path / "blob").write_bytes(ARCHIVE)
     with open(tmp_path / "blob", "rb") as file:
-        depot.put_blob(Blob(DIGEST, len(ARCHIVE), file.fileno()), lambda arrived: None)
+        depot.put_blob(BlobFile(DIGEST, len(ARCHIVE), file.fileno()), lambda arrived: None)
     return depot
 
 
 def test_all_of_the_blob_is_read(source: Layout) -> None:
     counter = Counter()
-    with Unpacking(source, LAYER, counter.counting) as archive:
+    with ArchiveStream(source, LAYER, counter.counting) as archive:
         assert archive.read(1) == b"x"
         archive.finish()
     assert counter.bytes == len(ARCHIVE)
@@ -53,6 +53,6 @@ def test_all_of_the_blob_is_read(source: Layout) -> None:
 
 def test_nothing_is_read_of_a_blob_that_nobody_wants_any_more(source: Layout) -> None:
     counter = Counter()
-    with Unpacking(source, LAYER, counter.counting) as archive:
+    with ArchiveStream(source, LAYER, counter.counting) as archive:
         archive.read(1)
     assert counter.bytes < 2 * DEPTH
