@@ -213,7 +213,7 @@ class Pool:
             source.read_into(fetch.offset, fetch.buffer, deadline=deadline, progress=progress)
 
     def _note_failure(self, fetch: Fetch, name: str, error: BlockdevError) -> None:
-        """The first failure of a blob is news, the following are not; nor is one of a blob that is closed by now."""
+        """The first failure of a blob is news, the following are not; nor is one of a blob that has been closed."""
         with self._changed:
             known = fetch.blob_id in self._supplies
             first = known and fetch.blob_id not in self._failing
