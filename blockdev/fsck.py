@@ -18,6 +18,7 @@ from typing import Any
 
 from blockdev import entryfiles
 from blockdev.cache import Cache, Entry
+from blockdev.caller import Caller
 from blockdev.catalog import Catalog, Place
 from blockdev.config import Policy
 from blockdev.engine import EXTENT_SIZE
@@ -36,7 +37,6 @@ log = logging.getLogger(__name__)
 
 _FOR_EVER = 86400.0  # seconds: what "hang" comes to for one range
 _RANGE = 4 << 20  # bytes asked for at a time
-_LOOK_EVERY = 0.2  # seconds
 _ROUNDS = 3  # a reader that has seen the bad bytes may take away the first ones that come in their place
 
 Progress = Callable[[int, int], None]  # bytes looked at, and to be looked at in all
@@ -62,24 +62,12 @@ class Repair:
 
 @dataclass(frozen=True)
 class Refetch:
-    """How bytes are had again: from where, how patiently, and whether the caller has gone, for whom it is done."""
+    """How bytes are had again: from where, how patiently, for whom."""
 
     source_of: SourceOf
     backoff: Backoff
     policy: Policy
-    gone: Callable[[], bool]
-
-    def look(self) -> None:
-        """ConnectionError if nobody waits any more."""
-        if self.gone():
-            raise ConnectionAbortedError
-
-    def sleep(self, seconds: float) -> None:
-        """As time.sleep(), and look() meanwhile."""
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            self.look()
-            time.sleep(min(left, _LOOK_EVERY))
+    caller: Caller
 
 
 @dataclass(frozen=True)
@@ -244,7 +232,7 @@ class Fsck:
         ]
         if self._fed(entry):
             for offset, length in ranges:
-                refetch.look()
+                refetch.caller.look()
                 _have_fetched(entry, offset, length)
         else:
             self._store(entry, ranges, place, refetch, undo)
@@ -262,13 +250,13 @@ class Fsck:
         if place is None:
             raise NotFound(f"fetching a blob again failed: {entry.digest}: where it came from is not known")
         origin = refetch.source_of(place, NamedBlob(entry.digest, entry.blob), undo)
-        source = Retrying(origin, refetch.backoff, refetch.sleep)
+        source = Retrying(origin, refetch.backoff, refetch.caller.sleep)
         for offset, length in ranges:
-            refetch.look()
+            refetch.caller.look()
             buffer = memoryview(bytearray(length))
             deadline = time.monotonic() + (refetch.policy.seconds or _FOR_EVER)
             try:
-                source.read_into(offset, buffer, deadline=deadline, progress=lambda filled: refetch.look())
+                source.read_into(offset, buffer, deadline=deadline, progress=lambda filled: refetch.caller.look())
                 entry.blob.store(offset, buffer)
             except Spilled:  # all of the blob came, and went where it belongs
                 continue

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from blockdev.build.verify import Progress, Verified
 from blockdev.cache import Cache, Pruned
+from blockdev.caller import Caller
 from blockdev.catalog import Catalog, Place
 from blockdev.config import Policy
 from blockdev.device import Device, NbdTransport
@@ -32,13 +33,13 @@ from blockdev.fetch.pull import Pull, Pulled
 from blockdev.fsck import Check, Finding, Fsck, Refetch, Repair, Report
 from blockdev.image import open_image
 from blockdev.layer import NamedBlob
-from blockdev.origin import Origin
+from blockdev.origin import Origin, Part
 from blockdev.root import Root
 from blockdev.stack import Stack, open_local, open_part
 from blockdev.supply import Supply
 
 if TYPE_CHECKING:
-    from blockdev.remote import Remotes, Tell
+    from blockdev.remote import Remotes
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +47,6 @@ _CLOSE_LIMIT = 1.0  # seconds to close what devices hold that nobody wrote to, o
 _RETRY = 0.5  # seconds after which a thread that could not be started is tried again
 _LOOK = 0.25  # seconds between looks at whether a caller who waits for reads is still there
 _JOIN_LIMIT = 2.0  # seconds for fetch threads to come back from a source
-
-
-class Caller(NamedTuple):
-    """Who waits for what is done: told of how an image was found; whether he has gone."""
-
-    tell: Tell
-    gone: Callable[[], bool]
 
 
 class Owner:
@@ -90,7 +84,7 @@ class Owner:
             caller.tell(line)
 
         with ExitStack() as undo:
-            blobs = self._open_lowers(origin, access, policy, undo, note)
+            blobs = self._open_lowers(origin, access, policy, undo, caller._replace(tell=note))
             upper = [open_part(self._engine, part, undo) for part in origin.upper]
             pair = (upper[0], upper[1]) if upper else None
             with self.reading(blobs, caller.gone):
@@ -130,7 +124,7 @@ class Owner:
         A source that fails is waited for as `policy` says. UsageError if no blob is a registry's.
         """
         with ExitStack() as undo:
-            blobs = [] if access is None else self._open_lowers(origin, access, policy, undo, caller.tell)
+            blobs = [] if access is None else self._open_lowers(origin, access, policy, undo, caller)
             entries = []
             for blob in dict.fromkeys(named.blob for named in blobs):
                 entry = self.cache.in_use(blob)
@@ -147,15 +141,16 @@ class Owner:
             return pull.result()
 
     def _open_lowers(
-        self, origin: Origin, access: Mapping[str, Any], policy: Policy, undo: ExitStack, tell: Tell
+        self, origin: Origin, access: Mapping[str, Any], policy: Policy, undo: ExitStack, caller: Caller
     ) -> list[NamedBlob]:
         remotes = self._get_remotes()
         if origin.reference:
-            return remotes.open_reference(origin.reference, access, policy, undo, tell)
-        return [
-            open_part(self._engine, part, undo) if part.fd >= 0 else remotes.open_part(part, access, policy, undo)
-            for part in origin.layers
-        ]
+            return remotes.open_reference(origin.reference, access, policy, undo, caller)
+
+        def of_registry(part: Part) -> NamedBlob:
+            return remotes.open_part(part, access, policy, undo, caller)
+
+        return [of_registry(part) if part.fd < 0 else open_part(self._engine, part, undo) for part in origin.layers]
 
     def _get_remotes(self) -> Remotes:
         """Made when first needed: an owner of local images has no use for an HTTP client in its memory."""
@@ -172,7 +167,7 @@ class Owner:
         if repair is None or not damaged:
             return report
         source_of = partial(self._get_remotes().source, repair.access)
-        refetch = Refetch(source_of, self._supply.backoff, repair.policy, caller.gone)
+        refetch = Refetch(source_of, self._supply.backoff, repair.policy, caller)
         bad: list[Finding] = []
         for blob in damaged:
             bad += fsck.repair(blob, [one for one in report.bad if one.digest == blob.digest], refetch)

@@ -13,13 +13,15 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 from blockdev.cache import Cache
+from blockdev.caller import Caller
 from blockdev.catalog import Catalog, Place
 from blockdev.config import Policy
 from blockdev.control import member
@@ -37,7 +39,6 @@ from formats.oci import DOCUMENT_SIZE_MAX, Descriptor, Index, Manifest, Referenc
 log = logging.getLogger(__name__)
 
 PATIENCE = 60.0  # seconds with a registry that tells us to wait, under the policy `hang`
-Tell = Callable[[str], None]  # one line for whoever asked for the image
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Remotes:
         shared.client.close()
 
     def open_reference(
-        self, text: str, access: Mapping[str, Any], policy: Policy, undo: ExitStack, tell: Tell
+        self, text: str, access: Mapping[str, Any], policy: Policy, undo: ExitStack, caller: Caller
     ) -> list[NamedBlob]:
         """The blobs of the image that a reference names, bottom first."""
         try:
@@ -122,9 +123,9 @@ class Remotes:
             raise UsageError(f"opening an image failed: {error}") from None
         asked = Access.from_wire(access)
         client = self.client(reference.registry, asked, undo)
-        image = self._resolve(client, reference, tell, policy.seconds or PATIENCE)
+        image = self._resolve(client, reference, caller, policy.seconds or PATIENCE)
         place = Place(reference.registry, reference.repository, asked.plain_http)
-        blobs = [self.open_blob(client, place, blob, policy, undo) for blob in image.layers]
+        blobs = [self.open_blob(client, place, blob, policy, undo, caller) for blob in image.layers]
         # Only now: the blobs are in use, so a prune knows that these are needed.
         self._catalog.note_place(place, [layer.digest for layer in image.layers])
         self._catalog.keep(image.documents)
@@ -134,26 +135,29 @@ class Remotes:
             self._keep_config(reference, asked, image.manifest.config)
         return blobs
 
-    def open_part(self, part: Part, access: Mapping[str, Any], policy: Policy, undo: ExitStack) -> NamedBlob:
+    def open_part(
+        self, part: Part, access: Mapping[str, Any], policy: Policy, undo: ExitStack, caller: Caller
+    ) -> NamedBlob:
         """The blob of a part that a config places in a registry."""
         registry, repository, plain_http = _split_url(part)
         asked = Access.from_wire(access)
         place = Place(registry, repository, asked.plain_http or plain_http)
         client = self.client(registry, replace(asked, plain_http=place.plain_http), undo)
         size = part.size or self._cache.size_of(part.digest, place.key) or client.blob_size(repository, part.digest)
-        blob = self.open_blob(client, place, BlockLayer(part.digest, size), policy, undo)
+        blob = self.open_blob(client, place, BlockLayer(part.digest, size), policy, undo, caller)
         self._catalog.note_place(place, [part.digest])
         return blob
 
     def open_blob(
-        self, client: Client, place: Place, layer: BlockLayer, policy: Policy, undo: ExitStack
+        self, client: Client, place: Place, layer: BlockLayer, policy: Policy, undo: ExitStack, caller: Caller
     ) -> NamedBlob:
         """A blob that fills from a repository."""
 
         def source_of(into: Into, undo: ExitStack) -> RegistryBlob:
             return _source(client, place, layer, into, undo)
 
-        return self._supply.open(layer.digest, layer.size, policy, source_of, undo, layer.place, place.key)
+        digest, size, table = layer
+        return self._supply.open(digest, size, policy, source_of, undo, table, place.key, caller.sleep)
 
     def source(self, access: Mapping[str, Any], place: Place, blob: NamedBlob, undo: ExitStack) -> RegistryBlob:
         """Where the bytes of an open blob can be had, for whoever wants them at once."""
@@ -164,15 +168,15 @@ class Remotes:
 
     # ---- documents ----
 
-    def _resolve(self, client: Client, reference: Reference, tell: Tell, patience: float) -> _Image:
+    def _resolve(self, client: Client, reference: Reference, caller: Caller, patience: float) -> _Image:
         """What the reference means for this machine. `patience`: seconds for a registry that tells us to wait."""
         digest = reference.digest or ""
         body = self._catalog.document(digest) if digest else None
         if body is not None:
             return self._understand(client, reference, digest, body, asked=False)
-        return self._ask(client, reference, tell, patience)
+        return self._ask(client, reference, caller, patience)
 
-    def _ask(self, client: Client, reference: Reference, tell: Tell, patience: float) -> _Image:
+    def _ask(self, client: Client, reference: Reference, caller: Caller, patience: float) -> _Image:
         """What the registry answers with; if it does not, or with what is no manifest, what it last answered with."""
         name = str(reference)
         seen = None if reference.digest else self._catalog.seen(name)
@@ -180,7 +184,8 @@ class Remotes:
         # Nobody waits for what can be had from the catalog.
         deadline = time.monotonic() + (0 if body else patience)
         try:
-            document = patiently(lambda: client.manifest(reference.repository, reference.identifier), deadline)
+            ask = partial(client.manifest, reference.repository, reference.identifier)
+            document = patiently(ask, deadline, caller.sleep)
             if body is not None:
                 parse_manifest(document.body)  # others than the registry answer too: a portal to log in at
             return self._understand(client, reference, document.digest, document.body, asked=True)
@@ -189,7 +194,7 @@ class Remotes:
                 raise
             log.warning("registry unreachable image=%s: %s", name, error)
             why = "unreachable" if isinstance(error, SourceError) else "answers with no manifest"
-            tell(f"registry {reference.registry} {why}: using {name}@{seen.digest} seen {seen.date}")
+            caller.tell(f"registry {reference.registry} {why}: using {name}@{seen.digest} seen {seen.date}")
         return self._understand(client, reference, seen.digest, body, asked=False)
 
     def _understand(self, client: Client, reference: Reference, digest: str, body: bytes, *, asked: bool) -> _Image:

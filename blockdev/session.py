@@ -29,13 +29,14 @@ from typing import Protocol
 from blockdev import control
 from blockdev.build.export import export_image
 from blockdev.build.sink import Sink
+from blockdev.caller import Caller
 from blockdev.config import parse_policy
 from blockdev.control import Body, Channel, Message
 from blockdev.device import Device, NbdTransport, State
 from blockdev.errors import BlockdevError, DeviceError, EngineError, UsageError, shortage
 from blockdev.fsck import Check, Repair
 from blockdev.origin import Origin
-from blockdev.owner import Caller, Owner
+from blockdev.owner import Owner
 from blockdev.stack import Stack
 from blockdev.transport.fuse import FuseTransport
 

@@ -90,6 +90,7 @@ class Supply:
         undo: ExitStack,
         place: Place | None = None,
         repository: str = "",
+        sleep: Callable[[float], object] = time.sleep,
     ) -> NamedBlob:
         """The blob with this digest; `undo` gives it back. source_of(into, undo) says where its bytes
         come from, and puts what came unasked into `into`. Those who share a blob share their sources: whichever
@@ -97,6 +98,7 @@ class Supply:
 
         place: of the table that all of it is held against. If something is here already that was not, this waits
         for the table, as long as the policy does. repository: what the source is of (blockdev/catalog.py, Place.key).
+        What sleep() raises ends the waiting.
         """
         with self._lock:
             entry = self._cache.open(digest, size, policy, place, repository)
@@ -117,7 +119,7 @@ class Supply:
             if entry.blob.stat().down and not known_ill:
                 entry.blob.healthy()  # of what the others' sources have failed at, this one's may be able
             self._start()
-        patient = Retrying(origin, self.backoff)
+        patient = Retrying(origin, self.backoff, sleep)
         entry.trust(lambda units: units.load(patient, time.monotonic() + (policy.seconds or PATIENCE)))
         if entry.complete and not entry.verified:
             self._whole.put(entry.id)

@@ -22,6 +22,7 @@ from blockdev.supply import Supply
 from formats import oci, presence
 from formats.digests import UNIT, Place
 from tests.fakes.http_server import Answer, HttpServer, Seen, ranged
+from tests.filling import WAITING
 from tests.small_image import NOBODY
 from tests.tabled import tabled
 
@@ -93,7 +94,7 @@ class Bench:
             lambda place, blob, undo: RegistryBlob(self.client, "app", DIGEST, len(BLOB), blob.blob.store),
             self.supply.backoff,
             Policy("eio", WAIT),
-            lambda: False,
+            WAITING,
         )
         bad = {blob.digest: [one for one in report.bad if one.digest == blob.digest] for blob in damaged}
         return [one for blob in damaged for one in fsck.repair(blob, bad[blob.digest], refetch)]

@@ -21,6 +21,7 @@ from formats import oci, presence
 from formats.digests import UNIT, Place
 from tests.checked import await_written
 from tests.fakes.memory_source import MemorySource
+from tests.filling import WAITING
 from tests.tabled import tabled
 
 WAIT = 20.0
@@ -100,7 +101,7 @@ class Bench:
         report, damaged = fsck.check(Check((), digests=False), lambda done, total: None)
         meanwhile()
         policy = Policy("eio", 0.2)
-        refetch = Refetch(lambda place, blob, undo: sources[place], self.supply.backoff, policy, lambda: False)
+        refetch = Refetch(lambda place, blob, undo: sources[place], self.supply.backoff, policy, WAITING)
         return [one for blob in damaged for one in fsck.repair(blob, report.bad, refetch)]
 
     def close(self) -> None:

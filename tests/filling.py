@@ -9,6 +9,7 @@ from pathlib import Path
 
 from blockdev import entryfiles
 from blockdev.cache import Cache, Entry
+from blockdev.caller import Caller
 from blockdev.config import Policy
 from blockdev.engine import Engine
 from blockdev.fetch.pool import Pool
@@ -20,6 +21,7 @@ EXTENT = presence.EXTENT_SIZE
 CONTENT = random.Random(3).randbytes(6 * EXTENT + 77)
 DIGEST = digest_of(CONTENT)
 POLICY = Policy("eio", 30.0)
+WAITING = Caller(print, lambda: False)
 
 
 class Filling:

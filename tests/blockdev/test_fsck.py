@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from blockdev import entryfiles
+from blockdev.caller import Caller
 from blockdev.catalog import Catalog, Place
 from blockdev.config import Policy
 from blockdev.errors import AccessDenied, BlockdevError, NotFound, SourceError
@@ -16,7 +17,7 @@ from blockdev.fsck import Check, Finding, Fsck, Refetch
 from blockdev.registry.backoff import Backoff
 from formats import oci, presence
 from formats.oci import BLOB_DIGEST, digest_of
-from tests.filling import CONTENT, DIGEST, EXTENT, Filling, flip
+from tests.filling import CONTENT, DIGEST, EXTENT, WAITING, Filling, flip
 
 ALL = Check([], digests=False)
 PATIENT = Policy("eio", 5.0)
@@ -40,9 +41,9 @@ class Bench:
     def check(self) -> tuple[Finding, ...]:
         return self.fsck.check(ALL, lambda done, total: None)[0].bad
 
-    def repair(self, policy: Policy = PATIENT, gone: Callable[[], bool] = lambda: False) -> list[Finding]:
+    def repair(self, policy: Policy = PATIENT, caller: Caller = WAITING) -> list[Finding]:
         report, (blob,) = self.fsck.check(ALL, lambda done, total: None)
-        refetch = Refetch(lambda place, blob, undo: self.filling.source, Backoff(), policy, gone)
+        refetch = Refetch(lambda place, blob, undo: self.filling.source, Backoff(), policy, caller)
         return self.fsck.repair(blob, report.bad, refetch)
 
 
@@ -80,7 +81,7 @@ def test_a_repair_ends_with_its_caller(bench: Bench) -> None:
     flip(bench.path, 0)
     bench.filling.source.failures.extend([SourceError("reading a blob failed: x: no")] * 100)
     with pytest.raises(ConnectionError):
-        bench.repair(Policy("hang"), gone=lambda: len(bench.filling.source.failures) < 100)
+        bench.repair(Policy("hang"), Caller(print, lambda: len(bench.filling.source.failures) < 100))
     assert len(bench.filling.source.failures) == 99
     assert not bench.filling.cache.stat()[0].in_use
 

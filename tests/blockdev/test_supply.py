@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from blockdev.caller import Caller
 from blockdev.config import Policy
 from blockdev.remote import Remotes
 from formats import oci
@@ -17,9 +18,11 @@ from tests.checked import await_written
 from tests.claimants import DIGEST, GOOD, SIZE, Bench
 from tests.commands import until
 from tests.fakes.http_server import Answer, HttpServer, Seen
+from tests.filling import WAITING
 from tests.small_image import NOBODY
 
 NO_ROOM = 1 << 47  # bytes of a stack: more than a process has addresses for
+ACCESS = {"plain_http": False, "ca": "", "credentials": NOBODY.to_json()}
 
 
 @pytest.fixture
@@ -69,11 +72,18 @@ def test_an_image_opens_without_the_thread_that_would_keep_its_config(
         threading.stack_size(NO_ROOM)
         return Answer(200, {"Content-Type": manifest.media_type}, manifest.build())
 
-    access = {"plain_http": False, "ca": "", "credentials": NOBODY.to_json()}
     remotes = Remotes(bench.supply, bench.cache, bench.catalog)
     with HttpServer(answer) as server:
         try:
-            remotes.open_reference(f"{server.host}/app:1", access, Policy("eio", 1.0), undo, lambda text: None)
+            remotes.open_reference(f"{server.host}/app:1", ACCESS, Policy("eio", 1.0), undo, WAITING)
         finally:
             threading.stack_size(0)
     assert "config not kept" in caplog.text
+
+
+def test_an_opening_ends_with_who_waits_for_it(bench: Bench, undo: ExitStack) -> None:
+    remotes = Remotes(bench.supply, bench.cache, bench.catalog)
+    with HttpServer(lambda seen: Answer(503, {"Retry-After": "30"})) as server:
+        caller = Caller(print, lambda: bool(server.seen))
+        with pytest.raises(ConnectionError):
+            remotes.open_reference(f"{server.host}/app:1", ACCESS, Policy("hang"), undo, caller)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from blockdev.caller import Caller
 from blockdev.config import Policy
 from blockdev.engine import EXTENT_SIZE, Blob, Priority
 from blockdev.errors import CorruptImage, SourceError
@@ -69,6 +70,22 @@ def test_nothing_is_served_unchecked_when_the_table_cannot_be_had(tmp_path: Path
             PLACE,
         )
     assert bench.head().table == ""
+
+
+def test_an_opening_that_waits_for_its_table_ends_with_who_waits_for_it(bench: Bench) -> None:
+    fill_unchecked(bench, (0, 3 * UNIT))
+    bench.liar.server.close()
+    with ExitStack() as opening, pytest.raises(ConnectionError):
+        bench.supply.open(
+            DIGEST,
+            len(BLOB),
+            Policy("hang"),
+            lambda into, undo: RegistryBlob(bench.client, "app", DIGEST, len(BLOB), into.store),
+            opening,
+            PLACE,
+            sleep=Caller(print, lambda: True).sleep,
+        )
+    assert not bench.cache.stat()[0].in_use
 
 
 def test_the_table_that_is_here_is_used_without_the_registry(bench: Bench, undo: ExitStack) -> None:

@@ -28,7 +28,7 @@ from tests.checked import await_written
 from tests.claimants import DIGEST, EVIL_PAYLOAD, EVIL_TABLE, GOOD, HERE, SIZE, TABLE, THERE, WAIT, Bench
 from tests.fakes.blob_server import REPOSITORY, BlobServer
 from tests.fakes.memory_source import MemorySource
-from tests.filling import flip
+from tests.filling import WAITING, flip
 from tests.small_image import NOBODY
 
 
@@ -391,7 +391,7 @@ def test_a_part_of_an_image_has_the_word_of_its_own_url(bench: Bench, undo: Exit
     def read(server: BlobServer) -> bytes:
         part = Part(DIGEST, SIZE, DIGEST, f"http://{server.host}/v2/{REPOSITORY}/blobs/{DIGEST}")
         with ExitStack() as reading:
-            blob = remotes.open_part(part, access, Policy("eio", WAIT), undo if together else reading).blob
+            blob = remotes.open_part(part, access, Policy("eio", WAIT), undo if together else reading, WAITING).blob
             return blob.read_at(0, EXTENT_SIZE)
 
     with BlobServer(GOOD) as good, BlobServer(GOOD) as evil:
