@@ -153,12 +153,13 @@ def _convert_image(
             if known is None:
                 assert archive
                 file = workshop.scratch()
-                written = _write(disk, archive, Head(0, 0, uuid=layer.uuid, parent_uuid=parent), file)
+                head = Head(0, 0, uuid=layer.uuid, parent_uuid=parent)
+                written = _write(disk, archive, _while_sent(archive, sending), head, file)
                 futures.append(sending.send(key, layer, written, file))
             else:
                 if archive:
                     with _naming(archive):
-                        disk.follow(archive.read, known[0].written, known[1], archive.name)
+                        disk.follow(_while_sent(archive, sending), known[0].written, known[1], archive.name)
                         archive.finish()
                 futures.append(sending.resend(key, layer, *known))
             parent = layer.uuid
@@ -189,10 +190,20 @@ def _archives(source: Depot, layers: Sequence[Archived], meter: Meter) -> Genera
             archive.close()
 
 
-def _write(disk: Disk, archive: ArchiveStream, head: Head, file: BinaryIO) -> Written:
+def _while_sent(archive: ArchiveStream, sending: Sending) -> Read:
+    """The archive's bytes, unless a layer below has failed to reach the target: a long one is not read for nothing."""
+
+    def read(length: int) -> bytes:
+        sending.check()
+        return archive.read(length)
+
+    return read
+
+
+def _write(disk: Disk, archive: ArchiveStream, read: Read, head: Head, file: BinaryIO) -> Written:
     try:
         with _naming(archive):
-            written = disk.write(archive.read, head, file, archive.name)
+            written = disk.write(read, head, file, archive.name)
             archive.finish()
             return written
     except OSError as error:

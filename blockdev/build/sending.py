@@ -53,7 +53,7 @@ class Sending:
         self._target = target
         self._workshop = workshop
         self._jobs: SimpleQueue[tuple[Future[Finished], Callable[[], Finished]] | None] = SimpleQueue()
-        self._futures: list[Future[Finished]] = []
+        self._failed: BaseException | None = None
         self._cancelled = False
         self._thread = threading.Thread(target=self._run, name="send", daemon=True)
         self._thread.start()
@@ -73,10 +73,9 @@ class Sending:
         return self._submit(lambda own: replace(self._put(key, layer, made, own), reused=True), file)
 
     def check(self) -> None:
-        """Raise what has gone wrong so far."""
-        for future in self._futures:
-            if future.done():
-                future.result()
+        """Raise what has gone wrong first, if anything has."""
+        if self._failed:
+            raise self._failed
 
     def __enter__(self) -> Self:
         return self
@@ -96,7 +95,6 @@ class Sending:
                 return finish(own)
 
         future: Future[Finished] = Future()
-        self._futures.append(future)
         self._jobs.put((future, job))
         return future
 
@@ -108,6 +106,7 @@ class Sending:
             try:
                 future.set_result(job())
             except BaseException as error:  # noqa: BLE001 - whoever waits for the layer gets it
+                self._failed = self._failed or error
                 future.set_exception(error)
 
     def _put(self, key: str, layer: Archived, made: Made, file: BinaryIO) -> Finished:

@@ -4,20 +4,21 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import random
 import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from blockdev.build.convert import Converted, Options, convert
-from blockdev.build.depot import Depot
+from blockdev.build.depot import Depot, Read
 from blockdev.build.layerfile import Wrapping
 from blockdev.build.layout import Layout
 from blockdev.build.repository import Repository
@@ -30,7 +31,7 @@ from blockdev.registry.client import Client, Document
 from blockdev.root import Root
 from formats import layout, oci
 from tests import ordinary
-from tests.fakes.http_server import Answer, HttpServer
+from tests.fakes.http_server import Answer, HttpServer, Seen
 from tests.images import TAG
 from tests.ordinary import digests, document, lower, make, manifest, upper
 from tests.registries import Registry
@@ -419,6 +420,34 @@ def test_a_registry_that_takes_nothing_says_so_before_anything_is_made(converter
             converter(source, target)
         client.close()
     assert not converter.root.converted.exists()
+
+
+class Endless(Layout):
+    """An image whose topmost layer does not end."""
+
+    @contextmanager
+    def opened(self, blob: oci.Descriptor) -> Iterator[Read]:
+        if blob.digest != digests(self.folder)[-1]:
+            with super().opened(blob) as read:
+                yield read
+            return
+        entry = tarfile.TarInfo("endless")
+        entry.size = 1 << 43
+        head = io.BytesIO(entry.tobuf())
+        yield lambda length: head.read(length) or bytes(length)
+
+
+def test_a_layer_that_cannot_be_sent_ends_the_making_of_the_next_one(converter: Converter, source: Path) -> None:
+    def answer(seen: Seen) -> Answer:
+        status = {"HEAD": 404, "POST": 202, "DELETE": 204}.get(seen.method, 403)
+        return Answer(status, {"Location": "/upload"} if status == 202 else {})
+
+    with HttpServer(answer) as server:
+        client = Client(server.host, NOBODY)
+        target = Repository(client, oci.Reference.parse(f"{server.host}/app:one"))
+        with pytest.raises(AccessDenied):
+            converter(Endless(source, TAG), target)
+        client.close()
 
 
 Change = Callable[[dict[str, Any], dict[str, Any]], object]
