@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,15 @@ from pathlib import Path
 from blockdev import entryfiles, staging
 from blockdev.config import Policy
 from blockdev.engine import Blob, Engine
-from blockdev.entryfiles import EntryFiles, Found, OfAnother
+from blockdev.entryfiles import EntryFiles, Found
 from blockdev.errors import CorruptImage, DeviceError, EngineError, from_os
-from blockdev.openentry import DROP_ROUNDS, OpenEntry, User, Word
+from blockdev.openentry import DROP_ROUNDS, OpenEntry, User
 from blockdev.scan import is_bad
 from blockdev.units import UNIT_EXTENTS, Units
+from blockdev.whose import OfAnother, Word, check_size
 from formats import presence
 from formats.digests import Place, Table
+from formats.presence import Head
 
 log = logging.getLogger(__name__)
 
@@ -157,8 +159,7 @@ class Cache:
     def __init__(self, blobs: Path, engine: Engine) -> None:
         self._blobs = blobs
         self._engine = engine
-        self._open: dict[str, OpenEntry] = {}  # those whose files have names
-        self._apart: list[OpenEntry] = []  # those that live only as long as they are open
+        self._open: list[OpenEntry] = []  # one at most of a blob is named; what the others have goes with them
         self._last_id = 0
         self._lock = threading.Lock()
 
@@ -174,19 +175,19 @@ class Cache:
         """
         wanted = entryfiles.wanted(digest, size, place.digest if place else "", repository)
         with self._lock:
-            shared = self._suiting(wanted, place) or self._make(wanted, place)
-            return self._join(shared, shared.user(place, repository, policy))
+            admitted = ((one, one.admit(wanted, place, policy)) for one in self._candidates(wanted, place))
+            return next(Entry(self, shared, user) for shared, user in admitted if user)
 
     def use(self, digest: str, size: int) -> Entry:
         """The entry as it is, beside other users: their policy stays. Who stores something in it answers for it."""
         with self._lock:
-            shared = self._open.get(digest)
+            shared = self._named(digest)
             if shared:
-                entryfiles.check_size(shared.files.head, size)
+                check_size(shared.files.head, size)
             else:
                 repository = entryfiles.repository_of(self._blobs, digest)
-                shared = self._make(entryfiles.wanted(digest, size, repository=repository), None)
-            return self._join(shared, User())
+                shared = self._open_named(entryfiles.wanted(digest, size, repository=repository), None)
+            return Entry(self, shared, shared.join())
 
     def in_use(self, blob: Blob) -> Entry | None:
         """Another use of an open blob, if it is one of the cache."""
@@ -199,12 +200,8 @@ class Cache:
             return self._find(lambda shared: shared.id == id)
 
     def _find(self, wanted: Callable[[OpenEntry], bool]) -> Entry | None:
-        found = next(filter(wanted, [*self._open.values(), *self._apart]), None)
-        return self._join(found, User()) if found else None
-
-    def _join(self, shared: OpenEntry, user: User) -> Entry:
-        shared.join(user)
-        return Entry(self, shared, user)
+        found = next(filter(wanted, self._open), None)
+        return Entry(self, found, found.join()) if found else None
 
     def adopt(self, fd: int, digest: str = "") -> str:
         """Take a local file in as a whole blob, verified; its digest ("": to be found out).
@@ -221,38 +218,34 @@ class Cache:
         found = self._stat(digest)
         if found.verified and found.size == size:
             return digest
-        if not found.in_use:
+        if not found.in_use or found.size != size:
             with staging.Copy(self._blobs, fd, digest) as copy, self._lock:
-                if digest not in self._open:
-                    copy.put()
+                named = self._named(digest)
+                if named is None or named.blob.size != size:
+                    self._take_names(digest, copy.put)
                     return digest
-        elif found.size != size:
-            with staging.Copy(self._blobs, fd, digest) as copy, self._lock:
-                copy.put()
-                self._part(digest)
-                return digest
         self._store(fd, digest, size)
         return digest
 
     def settle(self, shared: OpenEntry) -> None:
         """An entry apart that has been verified is what is kept from now on, whatever has the blob's names."""
         with self._lock:
-            if not (shared.nameless and shared.verified):
+            if shared.named or shared.files.had_names or not shared.verified:
                 return
-            digest = shared.files.head.blob_digest
-            named = self._open.get(digest)
-            if not (named or entryfiles.look(self._blobs, digest)).verified:
-                shared.files.put()
-                self._part(digest)
-                self._apart.remove(shared)
-                self._open[digest] = shared
-            shared.nameless = False
+            digest = shared.digest
+            if not (self._named(digest) or entryfiles.look(self._blobs, digest)).verified:
+                self._take_names(digest, shared.files.put)
+                shared.named = True
 
-    def _part(self, digest: str) -> None:
-        """Whoever has the files open that had the blob's names keeps them, now that another's have the names."""
-        shared = self._open.pop(digest, None)
-        if shared:
-            self._apart.append(shared)
+    def _take_names(self, digest: str, put: Callable[[], None]) -> None:
+        """put() gives the blob's names to files; whoever has those open that had them keeps them, without."""
+        named = self._named(digest)
+        put()
+        if named:
+            named.named = False
+
+    def _named(self, digest: str) -> OpenEntry | None:
+        return next((one for one in self._open if one.named and one.digest == digest), None)
 
     def _store(self, fd: int, digest: str, size: int) -> None:
         """Give a blob in use what it lacks."""
@@ -286,7 +279,7 @@ class Cache:
         removed, kept, freed = [], [], 0
         for digest in entryfiles.digests(self._blobs):
             with self._lock:
-                if digest in self._open:
+                if self._named(digest):
                     kept.append(digest)
                     continue
                 try:
@@ -309,7 +302,7 @@ class Cache:
     def discard(self, digest: str) -> None:
         """Remove an entry if its files make none now. DeviceError if it is in use, or a later version's."""
         with self._lock:
-            if digest in self._open:
+            if self._named(digest):
                 raise DeviceError(f"remove cache entry: {digest}: it is in use")
             found = entryfiles.look(self._blobs, digest)
             if found.newer:
@@ -333,12 +326,12 @@ class Cache:
     def verified(self, blob: Blob) -> bool:
         """Whether an open blob of the cache is known to be whole and right."""
         with self._lock:
-            return any(one.verified for one in [*self._open.values(), *self._apart] if one.blob is blob)
+            return any(one.verified for one in self._open if one.blob is blob)
 
     def _stat(self, digest: str) -> EntryStat:
         found = self.look(digest)
         with self._lock:
-            shared = self._open.get(digest)
+            shared = self._named(digest)
             if shared:
                 size, present = shared.blob.size, shared.blob.stat().present_bytes
                 return EntryStat(digest, size, present, found.allocated, shared.verified, in_use=True)
@@ -346,38 +339,24 @@ class Cache:
 
     # ---- open entries ----
 
-    def _suiting(self, wanted: presence.Head, place: Place | None) -> OpenEntry | None:
-        """An open entry that one more may use; none if nobody has the blob's names, and they are to be had."""
-        named = self._open.get(wanted.blob_digest)
-        return self._fitting([named, *self._apart], wanted, place) if named else None
-
-    def _fitting(
-        self, among: Iterable[OpenEntry | None], wanted: presence.Head, place: Place | None
-    ) -> OpenEntry | None:
-        same = (one for one in among if one and one.files.head.blob_digest == wanted.blob_digest)
-        return next((one for one in same if one.suits(wanted.size, place, wanted.repository)), None)
-
-    def _make(self, wanted: presence.Head, place: Place | None) -> OpenEntry:
-        if wanted.blob_digest not in self._open:
+    def _candidates(self, wanted: Head, place: Place | None) -> Iterator[OpenEntry]:
+        """Entries of a blob, those first whose files are kept. The last one suits in any case."""
+        if not self._named(wanted.blob_digest):
             try:
-                shared = self._open_files(EntryFiles.open(self._blobs, wanted), wanted, place, nameless=False)
-                self._open[wanted.blob_digest] = shared
-                return shared
+                yield self._open_named(wanted, place)
             except OfAnother as error:
                 log.warning("blob kept apart digest=%s: %s", wanted.blob_digest, error)
-            fitting = self._fitting(self._apart, wanted, place)
-            if fitting:
-                return fitting
-        shared = self._open_files(EntryFiles.open_nameless(self._blobs, wanted), wanted, place, nameless=True)
-        self._apart.append(shared)
-        return shared
+        same = [one for one in self._open if one.digest == wanted.blob_digest]
+        yield from sorted(same, key=lambda one: not one.named)
+        yield self._open_files(EntryFiles.open_nameless(self._blobs, wanted), wanted, place, named=False)
 
-    def _open_files(
-        self, files: EntryFiles, wanted: presence.Head, place: Place | None, *, nameless: bool
-    ) -> OpenEntry:
+    def _open_named(self, wanted: Head, place: Place | None) -> OpenEntry:
+        return self._open_files(EntryFiles.open(self._blobs, wanted), wanted, place, named=True)
+
+    def _open_files(self, files: EntryFiles, wanted: Head, place: Place | None, *, named: bool) -> OpenEntry:
         with ExitStack() as undo:
             undo.callback(files.close)
-            if not nameless:
+            if named:
                 undo.callback(self._remove_empty, files)
             self._last_id += 1
             blob = self._engine.open_cached(
@@ -390,16 +369,10 @@ class Cache:
                 policy=Policy("eio"),  # until it has a user who waits for something
                 unit=UNIT_EXTENTS if place else 1,
             )
-            undo.callback(blob.close)
-            sealed = files.head.verified
-            if sealed and blob.stat().present_bytes != wanted.size:
-                log.warning("blob no longer verified digest=%s: its map has lost extents", wanted.blob_digest)
-                files.break_seal()
-                sealed = False
             undo.pop_all()
-        return OpenEntry(
-            files, blob, self._last_id, place, sealed=sealed, repository=wanted.repository, nameless=nameless
-        )
+        shared = OpenEntry(files, blob, self._last_id, place, repository=wanted.repository, named=named)
+        self._open.append(shared)
+        return shared
 
     def _give_up(self, shared: OpenEntry, user: User) -> None:
         with self._lock:
@@ -410,11 +383,9 @@ class Cache:
             shared.leave(user)
             if shared.users:
                 return False
+            self._open.remove(shared)
             try:
-                if shared in self._apart:
-                    self._apart.remove(shared)
-                else:
-                    del self._open[shared.files.head.blob_digest]
+                if shared.named:
                     self._remove_empty(shared.files)
             finally:
                 shared.close()

@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from blockdev import whose
 from blockdev.errors import CorruptImage, DeviceError, EngineError, UsageError, from_os, shortage
 from blockdev.ownfile import open_nameless, open_own, read_own
 from blockdev.ranges import data_ranges
@@ -35,10 +36,6 @@ _BROKEN = bytes(presence.SEAL_SIZE)
 _ENTRY = 4  # bytes of a table entry
 _TABLE_ALIGN = 256  # bytes, which divides ...
 _TABLE_PIECE = 64 << 10  # ... bytes of a table looked at together
-
-
-class OfAnother(Exception):
-    """An entry is not what is wanted, and not to be thrown away for that: others say otherwise of the blob."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +64,14 @@ class EntryFiles:
         self.map_fd = map_fd
         self.head = head
         self.folder = path.parent
+        self.had_names = True  # those of the blob: files that have lost them never get any again
         self._path = path
 
     @classmethod
     def open(cls, blobs: Path, wanted: presence.Head) -> EntryFiles:
-        """The files of a blob. What they hold damaged, or of nobody that the blob is wanted of, is thrown away.
+        """The files of a blob. What they hold damaged, or not for who wants it (whose.py), is thrown away.
 
-        CorruptImage if the blob is known to have another size; OfAnother if others say that it has another;
+        CorruptImage if the blob is known to have another size; whose.OfAnother if others say that it has another;
         DeviceError if a later version of this program wrote the map; AccessDenied or EngineError if
         they cannot be written.
         """
@@ -94,7 +92,9 @@ class EntryFiles:
     def open_nameless(cls, blobs: Path, wanted: presence.Head) -> EntryFiles:
         """Empty files beside those of the blob, which others use. They go when they are closed, unless put()."""
         path = path_of(blobs, wanted.blob_digest)
-        return cls._open(path, lambda file: open_nameless(file.parent), wanted)
+        files = cls._open(path, lambda file: open_nameless(file.parent), wanted)
+        files.had_names = False
+        return files
 
     @classmethod
     def _open(cls, path: Path, opener: Callable[[Path], int], wanted: presence.Head) -> EntryFiles:
@@ -103,8 +103,8 @@ class EntryFiles:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             for file in (path, map_of(path)):
                 fds.append(opener(file))
-            files = cls(path, fds[0], fds[1], _claim(wanted, fds[0], fds[1]))
-            files._agree(wanted)
+            files = cls(path, fds[0], fds[1], wanted)
+            files._take_over(wanted)
             return files
         except BaseException as error:
             for fd in fds:
@@ -113,20 +113,34 @@ class EntryFiles:
                 raise from_os("open cache entry", error, str(path)) from error
             raise
 
-    def _agree(self, wanted: presence.Head) -> None:
-        """Have the map say what its extents are held against from now on, where those that are here allow it.
+    def _take_over(self, wanted: presence.Head) -> None:
+        """Go on with what the files hold of this blob, or make them an empty entry."""
+        raw = os.pread(self.map_fd, presence.HEAD_SIZE, 0)
+        try:
+            found = self.head = _parse(raw, wanted.blob_digest)
+            _check_data(found, os.fstat(self.data_fd).st_size)
+            if found.verified and _present_bytes(self.map_fd, found.size) != found.size:
+                log.warning("blob no longer verified digest=%s: its map has lost extents", found.blob_digest)
+                self.head = replace(found, verified=False)
+            kept = whose.taken_over(self.head, wanted, self.empty)
+            if kept != found:
+                self.write_head(kept)
+        except presence.NewerVersion as error:
+            raise DeviceError(f"open cache entry: {wanted.blob_digest}: {error.what}") from error
+        except FormatError as error:
+            if raw:
+                log.warning("cache entry starts empty digest=%s: %s", wanted.blob_digest, error.what)
+            self._start_empty(wanted, new=not raw)
 
-        Those of a sealed blob are right whatever they were held against. Others are nobody's until they have been
-        held against the table that is wanted.
-        """
-        if self.head.table == wanted.table:
-            return
-        if not wanted.table:
-            self.write_head(replace(self.head, table=""))
-        elif self.head.verified or self.empty():
-            self.write_head(replace(self.head, table=wanted.table, repository=wanted.repository))
-        else:
-            self.write_head(replace(self.head, table="", repository=""))
+    def _start_empty(self, wanted: presence.Head, *, new: bool) -> None:
+        os.ftruncate(self.map_fd, 0)
+        if not new:
+            os.fsync(self.map_fd)  # after a power cut, the new head must not stand before the old table
+        os.ftruncate(self.data_fd, 0)
+        os.ftruncate(self.data_fd, wanted.size)
+        os.ftruncate(self.map_fd, presence.map_size(wanted.size))
+        os.pwrite(self.map_fd, wanted.build(), 0)
+        self.head = wanted
 
     def put(self) -> None:
         """Take the names of the blob's files, whatever has them. Files that never had a name only."""
@@ -134,6 +148,7 @@ class EntryFiles:
             name_files(self._path, self.data_fd, self.map_fd)
         except OSError as error:
             raise from_os("name cache entry", error, str(self._path)) from error
+        self.had_names = True
 
     def empty(self) -> bool:
         """Whether no extent is here."""
@@ -332,45 +347,6 @@ def _parse(raw: bytes, digest: str) -> presence.Head:
 def _check_data(head: presence.Head, size: int) -> None:
     if head.size != size:
         raise FormatError(f"it is the map of {head.size} bytes, the data file has {size}")
-
-
-def check_size(head: presence.Head, size: int) -> None:
-    """CorruptImage if the blob has not `size` bytes."""
-    if head.size != size:
-        raise CorruptImage(f"open blob: {head.blob_digest}: offset {size}: said to end here, but has {head.size} bytes")
-
-
-def _claim(wanted: presence.Head, data_fd: int, map_fd: int) -> presence.Head:
-    """The entry's head if the files hold what may be used of this blob; else make them an empty one."""
-    raw = os.pread(map_fd, presence.HEAD_SIZE, 0)
-    try:
-        head = _parse(raw, wanted.blob_digest)
-        if head.verified:
-            check_size(head, wanted.size)
-        _check_data(head, os.fstat(data_fd).st_size)
-        others = head.repository != wanted.repository
-        if head.size != wanted.size:
-            text = f"it is the map of {head.size} bytes, {wanted.size} are expected"
-            if others and _any_present(map_fd, head.size):
-                raise OfAnother(text)
-            raise FormatError(text)
-        # What a table is held against is looked at before its first use, whosever it was.
-        if others and not head.verified and not wanted.table:
-            raise FormatError("what it has came from another repository")
-        return head
-    except presence.NewerVersion as error:
-        raise DeviceError(f"open cache entry: {wanted.blob_digest}: {error.what}") from error
-    except FormatError as error:
-        if raw:
-            log.warning("cache entry starts empty digest=%s: %s", wanted.blob_digest, error.what)
-    os.ftruncate(map_fd, 0)
-    if raw:
-        os.fsync(map_fd)  # after a power cut, the new head must not stand before the old table
-    os.ftruncate(data_fd, 0)
-    os.ftruncate(data_fd, wanted.size)
-    os.ftruncate(map_fd, presence.map_size(wanted.size))
-    os.pwrite(map_fd, wanted.build(), 0)
-    return wanted
 
 
 def _is_half_made(path: Path) -> bool:

@@ -25,11 +25,11 @@ from blockdev.engine import EXTENT_SIZE
 from blockdev.entryfiles import Found
 from blockdev.errors import BlockdevError, CorruptImage, EngineError, NotFound, UsageError
 from blockdev.layer import NamedBlob
-from blockdev.openentry import Word
 from blockdev.registry.backoff import Backoff
 from blockdev.scan import Bad, scan
 from blockdev.source import Source, Spilled
 from blockdev.source.retrying import Retrying
+from blockdev.whose import Word
 from formats import oci
 from formats.errors import FormatError
 
@@ -185,7 +185,7 @@ class Fsck:
             with ExitStack() as undo:
                 entry = self._cache.use(blob.digest, blob.size)
                 undo.callback(entry.close)
-                place = None if self._fed(entry) else self._claim_place(entry)
+                place = None if self._fed(entry) else self._place_for(entry)
                 for number, one in enumerate(bad):
                     _drop(entry, one)
                     states[number] = "dropped"
@@ -211,7 +211,7 @@ class Fsck:
         """Whether those who have it open check what comes: it comes through their sources then."""
         return bool(entry.table) or any(word.table for word in entry.words) or len(entry.words) > 1
 
-    def _claim_place(self, entry: Entry) -> Place | None:
+    def _place_for(self, entry: Entry) -> Place | None:
         """Where parts of it are to be had again: where its users have them from, or else those came from that are here
         and not verified. What is verified may be had from anywhere, and from then on only there."""
         word = next(iter(entry.words), None) or Word(repository=entry.repository)

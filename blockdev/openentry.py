@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """An entry of the cache that is open, and what may be believed of it.
 
-suits()     each of several users believes what the others have brought
+admit()     one more uses it, if he believes what the others have brought (whose.py)
 trust()     before its first use: its parts are what its digest table says
 claim()     from now on parts come on somebody else's word
 check()     the whole blob is what its digest says, or it is dropped
-
-Whoever uses an entry takes its parts on somebody's word: that of the digest table which the image's
-manifest names, or else that of the image's own repository. Only the digest of the whole goes for everybody.
 
 Any thread may call; whoever is first does the work, the others wait for what he finds.
 """
@@ -21,13 +18,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from blockdev import entryfiles
+from blockdev import entryfiles, whose
 from blockdev.config import Policy
 from blockdev.engine import EXTENT_SIZE, Blob
 from blockdev.entryfiles import EntryFiles
 from blockdev.errors import CorruptImage, DeviceError, EngineError, SourceError
+from blockdev.source import Spilled
 from blockdev.units import UNIT_EXTENTS, Units
+from blockdev.whose import Word
 from formats.digests import Place, Table
+from formats.presence import Head
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +35,8 @@ DROP_ROUNDS = 100  # a reader pins an extent for one pread: one more round finds
 _PIECE = 4 << 20  # bytes hashed at a time; a multiple of the extent
 _WRITE_LIMIT = 10.0  # seconds for a disk to take the last fetches: some 4 MiB each
 _WRITE_POLL = 0.005  # seconds; nothing tells when a write has failed
+_JOINING = 0.005  # seconds; between a user and his source there is nothing that waits
 _HASH_ROUNDS = 3  # what is taken away while a blob is hashed came back once at the most: its second loss is final
-
-
-@dataclass(frozen=True)
-class Word:
-    """On which a user of a blob takes its parts. One of the two: the sha256 of a table, or a repository's key."""
-
-    table: str = ""
-    repository: str = ""
 
 
 @dataclass(eq=False)
@@ -59,26 +52,18 @@ class User:
 
 
 class OpenEntry:
-    """What all users of an open entry share. `nameless`: of files that may get the blob's names.
+    """What all users of an open entry share. `named`: its files are the ones that have the blob's names.
 
-    join(), leave(), give_up(), suits() and user() are its cache's to call, one at a time.
+    admit(), join(), leave() and give_up() are its cache's to call, one at a time.
     """
 
     def __init__(
-        self,
-        files: EntryFiles,
-        blob: Blob,
-        id: int,
-        place: Place | None,
-        *,
-        sealed: bool,
-        repository: str,
-        nameless: bool = False,
+        self, files: EntryFiles, blob: Blob, id: int, place: Place | None, *, repository: str, named: bool
     ) -> None:
         self.files = files
         self.blob = blob
         self.id = id
-        self.nameless = nameless
+        self.named = named
         self.users: list[User] = []
         self._repository = repository  # of who opened it
         # Of what all that is here is to be held against before its first use; None once it has been, or need not be.
@@ -86,7 +71,7 @@ class OpenEntry:
         self._policy = Policy("eio")
         self._claiming = threading.Lock()
         self._closed = False
-        self._sealed = 0 if sealed else None  # what had been taken away of the blob when it was verified
+        self._sealed = 0 if files.head.verified else None  # what had been taken away of the blob when it was verified
         self._checking = threading.Lock()
         self._findings = 0  # how often its digest has been compared, and what was wrong the last time
         self._wrong = ""
@@ -102,28 +87,27 @@ class OpenEntry:
 
     # ---- its users ----
 
-    def suits(self, size: int, place: Place | None, repository: str) -> bool:
-        """Whether one more may use it. CorruptImage if the blob is known to have another size."""
-        head = self.files.head
-        if self.verified:
-            entryfiles.check_size(head, size)
-            return True
-        if head.size != size:
-            return False
-        if place:
-            return head.table == place.digest or (self._unlooked is not None and self._unlooked.place == place)
-        return head.repository == repository and not self._unlooked
+    def admit(self, wanted: Head, place: Place | None, policy: Policy) -> User | None:
+        """One more, if it suits him. Who has a table takes parts on the word of that one only, whoever else is here;
+        who has none, on that of his repository, or of the table of another of its images.
 
-    def user(self, place: Place | None, repository: str, policy: Policy) -> User:
-        """One that it suits. Who has a table takes parts on the word of that one only, whoever else is here, and who
-        has none takes them on that of his repository, or of the table of another of its images."""
-        head = self.files.head
-        units: Units | None = None
-        if place:
-            units = self._units_in_use(lambda units: units.place == place) or self._units(place)
-        elif head.table and head.repository == repository:
-            units = self._units_in_use(lambda units: units.place.digest == head.table)
-        return User(Word(table=units.place.digest) if units else Word(repository=repository), policy, units)
+        CorruptImage if the blob is known to have another size.
+        """
+        with self._claiming:  # from here on nothing comes on others' words alone
+            head, unlooked = self.files.head, self._unlooked
+            awaits = unlooked.place == place if unlooked else None
+            if not whose.admits(head, wanted, verified=self.verified, awaits_table=awaits):
+                return None
+            units: Units | None = None
+            if place:
+                units = self._units_in_use(lambda units: units.place == place) or self._units(place)
+            elif head.table and head.repository == wanted.repository:
+                units = self._units_in_use(lambda units: units.place.digest == head.table)
+            word = Word(table=units.place.digest) if units else Word(repository=wanted.repository)
+            user = User(word, policy, units)
+            self.users.append(user)
+        self._set_policy()
+        return user
 
     def _units_in_use(self, wanted: Callable[[Units], bool]) -> Units | None:
         in_use = [self._unlooked, *(user.units for user in self.users)]
@@ -132,18 +116,21 @@ class OpenEntry:
     def _units(self, place: Place) -> Units:
         return Units(self.digest, place, self.blob, self.files.read, self.files.folder)
 
-    def join(self, user: User) -> None:
-        """One more uses it."""
-        self.users.append(user)
-        self._set_policy()
+    def join(self) -> User:
+        """One more, who brings no bytes, and does not wait for any."""
+        user = User()
+        with self._claiming:
+            self.users.append(user)
+        return user
 
     def leave(self, user: User) -> None:
-        """One that has joined does no longer."""
-        self.users.remove(user)
+        """One that uses it does no longer."""
+        with self._claiming:
+            self.users.remove(user)
         self._set_policy()
 
     def give_up(self, user: User) -> None:
-        """One that has joined waits for nothing any more."""
+        """One that uses it waits for nothing any more."""
         user.policy = Policy("eio", 0.0)
         self._set_policy()
 
@@ -165,18 +152,16 @@ class OpenEntry:
     def claim(self, words: Sequence[Word]) -> None:
         """Say durably on whose word parts come from now on; all of `words` say the same of them.
 
-        What is here already everybody believes who uses it; but what is nobody's, and still to be looked at, stays so.
-        EngineError if that cannot be written.
+        EngineError if that cannot be written. Spilled, to be tried again: there is one who takes nothing on these.
         """
         with self._claiming:
             if self._closed:
                 raise SourceError(f"read blob: {self.digest}: it has been closed")
-            head = self.files.head
-            if not (head.table or head.repository) and self._sealed is None:
-                return
-            said = {Word(table=head.table), Word() if head.table else Word(repository=head.repository)}
-            if said.isdisjoint(words):
-                self.files.write_words(words[0].table, words[0].repository)
+            if not set(self.words) <= set(words):
+                raise Spilled(f"read blob: {self.digest}: somebody joins, or leaves", delay=_JOINING)
+            head = whose.brought(self.files.head, words, was_verified=self._sealed is not None)
+            if head != self.files.head:
+                self.files.write_words(head.table, head.repository)
 
     def close(self) -> None:
         """Once. A fetch may still be in hand, or a request wait: the blob's end is final for these."""

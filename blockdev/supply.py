@@ -25,12 +25,12 @@ from blockdev.engine import Blob, Engine, EngineStopped
 from blockdev.errors import BlockdevError, EngineError
 from blockdev.fetch.pool import Pool
 from blockdev.layer import CRC_ONLY, SHA256, NamedBlob
-from blockdev.openentry import Word
 from blockdev.registry.backoff import Backoff
 from blockdev.source import Source
 from blockdev.source.retrying import Retrying
 from blockdev.source.several import Several
 from blockdev.units import Checked, Units
+from blockdev.whose import Word
 from formats.digests import Place
 
 TABLES_MAX = 512 << 20  # bytes of the digest tables of all that is open, which are in memory: those of 4 TiB
