@@ -33,6 +33,23 @@ struct fetch *fetch_find(const struct ob_blob *blob, uint64_t extent)
 	return NULL;
 }
 
+/* Is a RESIDENT extent so in the buffer of this fetch? */
+static int fetch_holds(const struct fetch *fetch, uint64_t extent)
+{
+	return extent >= fetch->first && extent < fetch->first + fetch->count && fetch->resident >> (extent - fetch->first) & 1;
+}
+
+static struct fetch *fetch_holding(const struct ob_blob *blob, uint64_t extent)
+{
+	struct fetch *fetch;
+
+	LIST_FOREACH(fetch, &blob->fetches, of_blob) {
+		if (fetch_holds(fetch, extent))
+			return fetch;
+	}
+	return NULL;
+}
+
 /* Is anything of the blob to be brought? */
 static int fetch_under_way(const struct ob_blob *blob)
 {
@@ -261,8 +278,6 @@ int ob_fetch_next(struct ob_engine *engine, int lowest, int64_t timeout_ns, ob_f
 	struct fetch_queue *queue = &engine->fetch;
 	int64_t until = engine_now() + timeout_ns;
 	int status = -EAGAIN;
-	struct fetch *discarded = NULL;
-	struct parked *ready = NULL;
 
 	if (lowest < OB_FOREGROUND || lowest > OB_BULK)
 		return status_set(EINVAL, "next fetch: priority %d: unknown", lowest);
@@ -283,12 +298,17 @@ int ob_fetch_next(struct ob_engine *engine, int lowest, int64_t timeout_ns, ob_f
 			*out = &fetch->lent;
 			queue_call_next(queue, engine->config.fetch_bytes);
 		} else {
+			struct fetch *discarded = NULL;
+			struct parked *ready = NULL;
+
 			queue_remove(queue, fetch);
 			parked_settle_fetch(fetch, -EAGAIN, &ready);
 			fetch_discard(fetch, &discarded);
+			fetch_unlock(queue, ready, discarded); /* now: it may be long until there is something else */
+			pthread_mutex_lock(&queue->lock);
 		}
 	}
-	fetch_unlock(queue, ready, discarded);
+	fetch_unlock(queue, NULL, NULL);
 	if (status == -ETIMEDOUT)
 		http_disconnect();
 	return status;
@@ -301,34 +321,57 @@ void fetch_write_failed(struct ob_blob *blob, int error)
 	blob->write_failed = 1;
 }
 
-/* Write those of extents [from, to) that are RESIDENT; while `writing` is set, they stay so. */
-static void fetch_write(struct fetch *fetch, uint64_t from, uint64_t to)
+/* Those of extents [from, to) that are still to be brought become RESIDENT: a bit for each. Other fetches may cover them
+ * too, have brought them before they were taken away, or have those who wait for them. */
+static uint32_t fetch_publish(struct fetch *fetch, uint64_t from, uint64_t to, struct parked **ready)
+{
+	struct ob_blob *blob = fetch->blob;
+	uint32_t mine = 0;
+	struct fetch *other;
+
+	for (uint64_t i = from; i < to; i++) {
+		blob->fetched_bytes += extent_length(blob, fetch->first + i);
+		if (extent_kind(blob, fetch->first + i) != EXTENT_FETCHING)
+			continue;
+		extent_set(blob, fetch->first + i, EXTENT_RESIDENT, 0);
+		mine |= (uint32_t)1 << i;
+	}
+	LIST_FOREACH(other, &blob->fetches, of_blob) {
+		if (other->first + other->count <= fetch->first || fetch->first + fetch->count <= other->first)
+			continue;
+		other->resident &= other->first < fetch->first ? ~(mine << (fetch->first - other->first))
+		                                               : ~(mine >> (other->first - fetch->first));
+		parked_settle_fetch(other, 0, ready);
+	}
+	fetch->resident |= mine;
+	fetch->published = max_u64(from, to);
+	return mine;
+}
+
+/* Write the extents of these bits, which stay RESIDENT while `writing` is set. */
+static void fetch_write(struct fetch *fetch, uint32_t mine)
 {
 	struct ob_blob *blob = fetch->blob;
 	struct fetch_queue *queue = fetch->queue;
 
-	while (from < to) {
-		int resident = extent_kind(blob, fetch->first + from) == EXTENT_RESIDENT, error = 0;
-		uint64_t end = from + 1;
+	while (mine) {
+		uint64_t from = (uint64_t)__builtin_ctz(mine), count = (uint64_t)__builtin_ctzll(~((uint64_t)mine >> from));
+		int error = extents_write(blob, fetch->first + from, count, (uint8_t *)fetch->lent.buffer + from * OB_EXTENT_SIZE);
 
-		while (end < to && (extent_kind(blob, fetch->first + end) == EXTENT_RESIDENT) == resident)
-			end++;
-		if (resident)
-			error = extents_write(blob, fetch->first + from, end - from, (uint8_t *)fetch->lent.buffer + from * OB_EXTENT_SIZE);
+		mine &= mine + ((uint32_t)1 << from);
 		pthread_mutex_lock(&queue->lock);
-		for (uint64_t i = from; resident && !error && i < end; i++)
+		for (uint64_t i = from; !error && i < from + count; i++)
 			extent_set(blob, fetch->first + i, EXTENT_PRESENT | EXTENT_CHECKED, 0);
 		if (error) {
 			fetch->keep = 1;
 			fetch_write_failed(blob, error);
-		} else if (resident) {
-			extents_arrived(blob, end - from);
+		} else {
+			extents_arrived(blob, count);
 		}
-		fetch->writing = end < to;
-		if (end == to)
+		fetch->writing = mine != 0;
+		if (!mine)
 			pthread_cond_broadcast(&queue->settled);
 		fetch_unlock(queue, NULL, NULL);
-		from = end;
 	}
 }
 
@@ -338,6 +381,7 @@ int ob_fetch_advance(ob_fetch *lent, uint64_t filled)
 	struct ob_blob *blob = fetch->blob;
 	uint64_t from = fetch->published, to;
 	struct parked *ready = NULL;
+	uint32_t mine;
 
 	if (filled > lent->length)
 		return status_set(EINVAL, "advance fetch: %llu bytes: more than the %llu lent", (unsigned long long)filled,
@@ -353,21 +397,14 @@ int ob_fetch_advance(ob_fetch *lent, uint64_t filled)
 	blob->progress_ns = engine_now();
 	fetch_heard(fetch);
 	fetch->host->failing = 0;
-	for (uint64_t i = from; i < to; i++) {
-		if (extent_kind(blob, fetch->first + i) == EXTENT_FETCHING)
-			extent_set(blob, fetch->first + i, EXTENT_RESIDENT, 0);
-		blob->fetched_bytes += extent_length(blob, fetch->first + i);
-	}
-	fetch->published = to > from ? to : from;
+	mine = fetch_publish(fetch, from, to, &ready);
 	/* From here on, not from the write itself: whoever rejects these bytes waits until they
 	 * are written, or a later answer could become resident and be overwritten by them. */
-	fetch->writing = to > from;
-	if (to > from)
-		parked_settle_fetch(fetch, 0, &ready);
+	fetch->writing = mine != 0;
 	telling = fetch;
 	fetch_unlock(fetch->queue, ready, NULL);
 	telling = NULL;
-	fetch_write(fetch, from, to);
+	fetch_write(fetch, mine);
 	return 0;
 }
 
@@ -378,7 +415,7 @@ static void kept_evict(struct fetch_queue *queue, struct fetch *fetch, struct fe
 	TAILQ_REMOVE(&queue->kept, fetch, queued);
 	queue->kept_bytes -= fetch->lent.length;
 	for (uint64_t i = 0; i < fetch->count; i++) {
-		if (extent_kind(fetch->blob, fetch->first + i) == EXTENT_RESIDENT)
+		if (fetch_holds(fetch, fetch->first + i) && extent_kind(fetch->blob, fetch->first + i) == EXTENT_RESIDENT)
 			extent_set(fetch->blob, fetch->first + i, EXTENT_ABSENT, EXTENT_MARK);
 	}
 	fetch_discard(fetch, discarded);
@@ -504,24 +541,18 @@ int ob_fetch_finish(ob_fetch *lent, int status, int64_t retry_ns)
 
 const uint8_t *fetch_resident(struct ob_blob *blob, uint64_t extent)
 {
-	struct fetch *fetch;
+	const struct fetch *fetch = fetch_holding(blob, extent);
 
-	LIST_FOREACH(fetch, &blob->fetches, of_blob) {
-		if (extent >= fetch->first && extent < fetch->first + fetch->published && fetch->lent.buffer)
-			return (const uint8_t *)fetch->lent.buffer + (extent - fetch->first) * OB_EXTENT_SIZE;
-	}
-	return NULL;
+	return fetch ? (const uint8_t *)fetch->lent.buffer + (extent - fetch->first) * OB_EXTENT_SIZE : NULL;
 }
 
 int fetch_writing(struct ob_blob *blob, uint64_t extent)
 {
-	struct fetch *fetch;
+	const struct fetch *fetch = fetch_holding(blob, extent);
 
-	LIST_FOREACH(fetch, &blob->fetches, of_blob) {
-		if (fetch->writing && extent >= fetch->first && extent < fetch->first + fetch->count)
-			return telling ? -1 : 1;
-	}
-	return 0;
+	if (!fetch || !fetch->writing)
+		return 0;
+	return telling ? -1 : 1;
 }
 
 uint32_t fetch_owner_kind(const struct ob_blob *blob, uint64_t extent)

@@ -6,8 +6,9 @@
  *
  * Life of a miss
  *   blob_try_read() says -EAGAIN. The reader calls parked_begin(), blob_want() for each
- *   range it needs, parked_end(). blob_want() joins the fetch an extent is already in,
- *   or makes one; a fetch covers neighbouring extents of one blob. A fetch thread takes
+ *   range it needs, parked_end(). blob_want() joins the fetch that has yet to bring an extent,
+ *   or makes one; a fetch covers neighbouring extents of one blob, and of a unit also what other
+ *   fetches cover: whichever brings an extent first has it to write. A fetch thread takes
  *   it (ob_fetch_next), delivers (ob_fetch_advance: extents become readable from the
  *   lent buffer at once, then from the cache) and gives it back (ob_fetch_finish).
  *   When all extents a parked reader asked for are readable, or its time is up, its
@@ -37,8 +38,9 @@ struct fetch {
 	struct fetch_queue *queue;
 	uint64_t first, count;         /* extents */
 	uint64_t published;            /* extents whose bytes are right */
+	uint32_t resident;             /* bit i: extent first + i became RESIDENT by this fetch, and by no other since */
 	enum { FETCH_QUEUED, FETCH_LENT, FETCH_KEPT } phase;
-	int writing;                   /* its thread is writing the cache */
+	int writing;                   /* its thread has yet to write the cache */
 	int keep;                      /* some extent could not be written */
 	int64_t not_before_ns;
 	struct host *host;             /* of a lent one: in whose share it is */
