@@ -266,6 +266,7 @@ class Cache:
     def _fill(self, entry: Entry, fd: int) -> None:
         for offset in range(0, entry.blob.size, staging.PIECE):
             entry.blob.store(offset, os.pread(fd, staging.PIECE, offset))
+        entry.blob.settle()  # what a fetch has brought, and is writing still
         if not entry.complete:
             raise EngineError(f"adopt blob: {entry.digest}: not all of it could be written")
         entry.verify()

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 from blockdev.cache import Cache
 from blockdev.config import Policy
-from blockdev.engine import Engine
+from blockdev.engine import Engine, Priority
 from blockdev.entryfiles import SIZE_MAX
 from blockdev.errors import CorruptImage, DeviceError, EngineError, UsageError
 from blockdev.scan import scan
@@ -142,6 +143,36 @@ def test_a_blob_in_use_can_be_adopted_too(cache: Cache, tmp_path: Path) -> None:
     assert entry.verified
     assert entry.blob.read_at(0, SIZE) == CONTENT
     entry.close()
+
+
+def test_what_a_fetch_is_writing_when_a_file_is_adopted_is_waited_for(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = random.Random(8).randbytes(2 << 20)
+    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    fd = _file(tmp_path, content)
+    read = os.pread
+    for number in range(10):
+        cache = Cache(tmp_path / str(number), engine)
+        entry = cache.open(digest, len(content), POLICY)
+        entry.blob.prefetch(0, len(content), Priority.BULK)
+        fetch = engine.next_fetch(Priority.BULK, timeout=20)
+        assert fetch
+        fetch.buffer[:] = content
+        bringing = threading.Thread(target=fetch.advance, args=(len(content),))
+
+        def read_beside(file: int, *place: int, bringing: threading.Thread = bringing) -> bytes:
+            if file == fd:
+                bringing.start()
+            return read(file, *place)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pread", read_beside)
+            assert cache.adopt(fd, digest) == digest
+        bringing.join()
+        fetch.finish()
+        entry.close()
+    os.close(fd)
 
 
 def test_a_file_with_another_digest_is_not_adopted(cache: Cache, tmp_path: Path) -> None:
