@@ -252,13 +252,12 @@ class Owner:
             self._supply.blob_down(event.id)
             self._note_failure(event.id)
         elif event.kind is EventKind.CACHE_WRITE:
-            self._note_unwritten(event)
+            self._warn_of_writes(-event.status)
 
-    def _note_unwritten(self, event: Event) -> None:
-        self._supply.note_unwritten(event.id, -event.status)
+    def _warn_of_writes(self, error: int) -> None:
         if not self._warned_of_writes:
             self._warned_of_writes = True
-            why = os.strerror(-event.status)
+            why = os.strerror(error)
             log.warning("cache not written, reads go on without it root=%s reason=%s", self._root.path, why)
 
     def _note_failure(self, id: int) -> None:

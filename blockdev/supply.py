@@ -50,11 +50,10 @@ SourceOf = Callable[[Into, ExitStack], Source]
 
 @dataclass
 class _Open:
-    """An open blob. unwritten: the errno with which its cache was last not written; 0 if it always was."""
+    """An open blob."""
 
     blob: Blob
     sources: Several[Word]
-    unwritten: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,17 +171,6 @@ class Supply:
     def error(self, id: int) -> BlockdevError | None:
         """Why the last fetch of a blob failed; None if it did not."""
         return self._pool.failure(id)
-
-    def note_unwritten(self, id: int, error: int) -> None:
-        """The cache of a blob could not be written, for this errno."""
-        with self._lock:
-            if id in self._open:
-                self._open[id].unwritten = error
-
-    def unwritten(self, id: int) -> int:
-        """The errno with which the cache of a blob was last not written; 0 if it always was."""
-        opened = self._open.get(id)
-        return opened.unwritten if opened else 0
 
     def join(self, timeout: float) -> bool:
         """Wait for the threads of a stopped engine; False if some is stuck after `timeout` seconds."""

@@ -462,15 +462,19 @@ void blob_want(struct ob_blob *blob, uint64_t offset, uint64_t length, struct pa
 
 int ob_blob_prefetch(struct ob_blob *blob, uint64_t offset, uint64_t length, int priority)
 {
+	uint64_t first = offset / OB_EXTENT_SIZE, last = (offset + length - 1) / OB_EXTENT_SIZE;
 	int error = blob_check_range(blob, offset, length);
+	struct fetch *discarded = NULL;
 
 	if (error || !length || !blob->state)
 		return error;
 	if (priority != OB_PREFETCH && priority != OB_BULK)
 		return status_set(EINVAL, "prefetch: priority %d: not one of prefetch and bulk", priority);
 	pthread_mutex_lock(&blob->engine->fetch.lock);
-	fetch_want(blob, offset / OB_EXTENT_SIZE, (offset + length - 1) / OB_EXTENT_SIZE, priority, NULL);
-	fetch_unlock(&blob->engine->fetch, NULL, NULL);
+	if (priority == OB_BULK)
+		fetch_drop_kept(blob, first, last, &discarded);
+	fetch_want(blob, first, last, priority, NULL);
+	fetch_unlock(&blob->engine->fetch, NULL, discarded);
 	return 0;
 }
 
@@ -505,15 +509,18 @@ int blob_reject(struct ob_blob *blob, uint64_t offset, uint64_t length)
 	return again || !retried;
 }
 
-/* Under the lock: take [first, ...) of what is missing for ourselves; returns how many. */
-static uint64_t extents_claim(struct ob_blob *blob, uint64_t first, uint64_t end)
+/* Under the lock: take [first, ...) of what is missing for ourselves, or (*kept) of what is in memory since it
+ * could not be written; returns how many. */
+static uint64_t extents_claim(struct ob_blob *blob, uint64_t first, uint64_t end, int *kept)
 {
 	uint64_t extent = first;
+
+	*kept = fetch_kept(blob, first);
 
 	for (; extent < end && extent - first < READ_FIRST_EXTENTS; extent++) {
 		uint32_t kind = extent_kind(blob, extent);
 
-		if (kind != EXTENT_ABSENT && kind != EXTENT_FETCHING)
+		if (*kept ? !fetch_kept(blob, extent) : kind != EXTENT_ABSENT && kind != EXTENT_FETCHING)
 			break;
 		extent_set(blob, extent, EXTENT_STORING, 0);
 	}
@@ -521,7 +528,7 @@ static uint64_t extents_claim(struct ob_blob *blob, uint64_t first, uint64_t end
 	return extent - first;
 }
 
-static int extents_store(struct ob_blob *blob, uint64_t first, uint64_t count, const uint8_t *bytes)
+static int extents_store(struct ob_blob *blob, uint64_t first, uint64_t count, int kept, const uint8_t *bytes)
 {
 	struct fetch_queue *queue = &blob->engine->fetch;
 	struct parked *ready = NULL;
@@ -531,7 +538,7 @@ static int extents_store(struct ob_blob *blob, uint64_t first, uint64_t count, c
 	blob->storing--;
 	atomic_store(&queue->hosts[blob->host].heard_ns, engine_now());
 	for (uint64_t i = 0; i < count; i++)
-		extent_set(blob, first + i, error ? fetch_owner_kind(blob, first + i) : EXTENT_PRESENT | EXTENT_CHECKED, 0);
+		extent_set(blob, first + i, error ? fetch_owner_kind(blob, first + i, kept) : EXTENT_PRESENT | EXTENT_CHECKED, 0);
 	if (error)
 		fetch_write_failed(blob, error);
 	else
@@ -559,14 +566,15 @@ int64_t ob_blob_store(struct ob_blob *blob, uint64_t offset, const void *buffer,
 		return error;
 	while (first < end) {
 		uint64_t count;
+		int kept;
 
 		pthread_mutex_lock(&queue->lock);
 		if (atomic_load(&blob->closed))
 			error = status_set(EBADF, "store in blob: it has been closed");
-		count = error ? 0 : extents_claim(blob, first, end);
+		count = error ? 0 : extents_claim(blob, first, end, &kept);
 		fetch_unlock(queue, NULL, NULL);
 		if (count)
-			error = extents_store(blob, first, count, (const uint8_t *)buffer + (first * OB_EXTENT_SIZE - offset));
+			error = extents_store(blob, first, count, kept, (const uint8_t *)buffer + (first * OB_EXTENT_SIZE - offset));
 		if (error)
 			return error;
 		stored += (int64_t)count;
@@ -646,6 +654,8 @@ void ob_blob_get_stat(struct ob_blob *blob, ob_blob_stat *out)
 	out->fetched_bytes = blob->fetched_bytes;
 	out->fetches = blob->fetch_count;
 	out->retired = blob->retired;
+	out->write_failures = blob->write_failures;
+	out->write_error = blob->write_error;
 	out->failing_ns = blob->failing_since ? engine_now() - blob->failing_since : 0;
 	out->down = blob->down;
 	fetch_unlock(&blob->engine->fetch, NULL, NULL);

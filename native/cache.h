@@ -79,7 +79,8 @@ struct ob_blob {
 	int64_t progress_ns;     /* when bytes last arrived */
 	int down;
 	int write_failed;        /* said once, until a write succeeds */
-	uint64_t fetched_bytes, fetch_count, retired;
+	int write_error;         /* the last */
+	uint64_t fetched_bytes, fetch_count, retired, write_failures;
 	atomic_int sealed;       /* the seal could not be broken: nothing may be written */
 	_Atomic uint64_t hits, misses, crc_failures;
 };

@@ -319,6 +319,8 @@ void fetch_write_failed(struct ob_blob *blob, int error)
 	if (!blob->write_failed)
 		engine_post(blob->engine, OB_EVENT_CACHE_WRITE, error, blob->id);
 	blob->write_failed = 1;
+	blob->write_error = error;
+	blob->write_failures++;
 }
 
 /* Those of extents [from, to) that are still to be brought become RESIDENT: a bit for each. Other fetches may cover them
@@ -431,6 +433,17 @@ static void kept_add(struct fetch_queue *queue, struct fetch *fetch, struct fetc
 		kept_evict(queue, TAILQ_FIRST(&queue->kept), discarded);
 }
 
+void fetch_drop_kept(struct ob_blob *blob, uint64_t first, uint64_t last, struct fetch **discarded)
+{
+	struct fetch *fetch, *after;
+
+	for (fetch = LIST_FIRST(&blob->fetches); fetch; fetch = after) {
+		after = LIST_NEXT(fetch, of_blob);
+		if (fetch->phase == FETCH_KEPT && fetch->first <= last && first < fetch->first + fetch->count)
+			kept_evict(&blob->engine->fetch, fetch, discarded);
+	}
+}
+
 static int blob_writing(const struct ob_blob *blob)
 {
 	struct fetch *fetch;
@@ -456,18 +469,14 @@ void fetch_end(struct ob_blob *blob)
 {
 	struct fetch_queue *queue = &blob->engine->fetch;
 	struct parked *ready = NULL;
-	struct fetch *discarded = NULL, *fetch, *after;
+	struct fetch *discarded = NULL, *fetch;
 
 	pthread_mutex_lock(&queue->lock);
 	atomic_store(&blob->closed, 1);
 	fetch_cancel(blob, &ready, &discarded);
-	for (fetch = LIST_FIRST(&blob->fetches); fetch; fetch = after) {
-		after = LIST_NEXT(fetch, of_blob);
-		if (fetch->phase == FETCH_KEPT)
-			kept_evict(queue, fetch, &discarded);
-		else
-			fetch_abandon(fetch, -EIO, &ready);
-	}
+	fetch_drop_kept(blob, 0, blob->extents, &discarded);
+	LIST_FOREACH(fetch, &blob->fetches, of_blob)
+		fetch_abandon(fetch, -EIO, &ready);
 	while (blob_writing(blob))
 		pthread_cond_wait(&queue->settled, &queue->lock);
 	extents_end(blob);
@@ -546,6 +555,13 @@ const uint8_t *fetch_resident(struct ob_blob *blob, uint64_t extent)
 	return fetch ? (const uint8_t *)fetch->lent.buffer + (extent - fetch->first) * OB_EXTENT_SIZE : NULL;
 }
 
+int fetch_kept(const struct ob_blob *blob, uint64_t extent)
+{
+	const struct fetch *fetch = extent_kind(blob, extent) == EXTENT_RESIDENT ? fetch_holding(blob, extent) : NULL;
+
+	return fetch && fetch->phase == FETCH_KEPT;
+}
+
 int fetch_writing(struct ob_blob *blob, uint64_t extent)
 {
 	const struct fetch *fetch = fetch_holding(blob, extent);
@@ -555,8 +571,10 @@ int fetch_writing(struct ob_blob *blob, uint64_t extent)
 	return telling ? -1 : 1;
 }
 
-uint32_t fetch_owner_kind(const struct ob_blob *blob, uint64_t extent)
+uint32_t fetch_owner_kind(const struct ob_blob *blob, uint64_t extent, int kept)
 {
+	if (kept && fetch_holding(blob, extent))
+		return EXTENT_RESIDENT;
 	return fetch_find(blob, extent) && !atomic_load(&blob->closed) ? EXTENT_FETCHING : EXTENT_ABSENT;
 }
 

@@ -71,8 +71,13 @@ const uint8_t *fetch_resident(struct ob_blob *blob, uint64_t extent);
 /* Not 0: the fetch that holds a resident extent is writing it, it may not change. -1: nor may this thread wait for
  * that, since it has bytes of its own to write, for which the writer may wait. */
 int fetch_writing(struct ob_blob *blob, uint64_t extent);
-/* What a claimed extent goes back to: FETCHING if a fetch still brings it, else ABSENT. */
-uint32_t fetch_owner_kind(const struct ob_blob *blob, uint64_t extent);
+/* Whether an extent is resident because it could not be written. */
+int fetch_kept(const struct ob_blob *blob, uint64_t extent);
+/* Let go of all that is kept of the blob and touches extents [first, last]. */
+void fetch_drop_kept(struct ob_blob *blob, uint64_t first, uint64_t last, struct fetch **discarded);
+/* What a claimed extent goes back to: RESIDENT if it was `kept` and still is in memory, FETCHING if a fetch
+ * still brings it, else ABSENT. */
+uint32_t fetch_owner_kind(const struct ob_blob *blob, uint64_t extent, int kept);
 /* The cache could not be written: said once, until a write succeeds again. */
 void fetch_write_failed(struct ob_blob *blob, int error);
 

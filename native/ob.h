@@ -29,7 +29,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes; checked when the binding is imported. */
-#define OB_ABI_VERSION 6
+#define OB_ABI_VERSION 7
 uint32_t ob_abi_version(void);
 
 /* Text of the last failure in this thread: "what failed: which thing: why". Never NULL. */
@@ -110,6 +110,8 @@ typedef struct {
 	uint64_t retired;         /* extents taken away since the blob was opened: no seal from before holds */
 	int64_t failing_ns;       /* how long the source has been failing; 0 = healthy */
 	int32_t down;             /* 1 once misses fail at once */
+	int32_t write_error;      /* -errno of the last write of its cache that failed */
+	uint64_t write_failures;  /* since the blob was opened */
 } ob_blob_stat;
 
 /* A local file that already holds the whole blob. fd is duplicated. */
@@ -130,7 +132,8 @@ int64_t ob_blob_store(ob_blob *blob, uint64_t offset, const void *buffer, uint64
 /* Take extents wholly inside the range out of the cache: their map entries first, then
  * the holes. Extents being read are left. Returns extents dropped. */
 int64_t ob_blob_drop(ob_blob *blob, uint64_t offset, uint64_t length);
-/* Ask for a range without waiting for it, at priority OB_PREFETCH or OB_BULK. */
+/* Ask for a range without waiting for it, at priority OB_PREFETCH or OB_BULK. The latter is for who wants it on
+ * disk: what is in memory alone, since it could not be written, is asked for anew. */
 int ob_blob_prefetch(ob_blob *blob, uint64_t offset, uint64_t length, int priority);
 /* A probe found the source well again: misses are fetched from now on. */
 void ob_blob_healthy(ob_blob *blob);

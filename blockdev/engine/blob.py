@@ -29,6 +29,8 @@ class BlobStat:
     retired: int
     failing_seconds: float
     down: bool
+    write_error: int  # errno of the last write that failed
+    write_failures: int
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Blob(Handle):
         lib.ob_blob_get_stat(self._handle, out)
         return BlobStat(
             out.size, out.present_bytes, out.fetched_bytes, out.fetches, out.hits, out.misses, out.crc_failures,
-            out.retired, out.failing_ns / 1e9, bool(out.down),
+            out.retired, out.failing_ns / 1e9, bool(out.down), -out.write_error, out.write_failures,
         )  # fmt: skip
 
     def open_raw(self, base: int, length: int) -> File:

@@ -28,9 +28,8 @@ SPAN = 4096  # extents between the first that is missing and the last asked for:
 HASHERS = 2  # a blob's digest takes one core; more would starve the readers of a small machine
 TICK = 0.02  # seconds between looks at what has arrived: a window lasts longer at 3 GB/s
 STALL = 0.25  # seconds without an arrival until what is missing is asked for again: its fetch may have failed
-# Seconds without an arrival, once a write has failed. What could not be written is read from memory and not
-# asked for again, so it would be waited for in vain; a slow line brings an extent more often.
-UNWRITTEN_LIMIT = 5.0
+PROBE = 32  # extents asked for where the disk takes nothing, to see whether it does again
+UNWRITTEN_LIMIT = 5.0  # seconds without an arrival, and with a failed write; a slow line brings an extent more often
 
 
 class Entry(Protocol):
@@ -52,7 +51,6 @@ class Supplier(Protocol):
     """Who knows why bytes do not come (blockdev/supply.py)."""
 
     def error(self, id: int) -> BlockdevError | None: ...
-    def unwritten(self, id: int) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -83,9 +81,17 @@ class _Part:
         self.asked = 0  # extents before this one are here or have been asked for
         self.missing: list[tuple[int, int]] = []  # runs in [local, asked) that are not here
         self.checked = 0  # bytes
-        self._fetched_before = entry.blob.stat().fetched_bytes
+        before = entry.blob.stat()
+        self._fetched_before = before.fetched_bytes
+        self._failures_before = before.write_failures  # until the last arrival
         self._cancelled = False
         self._moved = threading.Condition()
+
+    @property
+    def unwritten(self) -> int:
+        """The errno with which the disk has not taken what came since the last arrival; 0 if nothing did."""
+        stat = self.entry.blob.stat()
+        return stat.write_error if stat.write_failures > self._failures_before else 0
 
     @property
     def outstanding(self) -> int:
@@ -101,7 +107,10 @@ class _Part:
             with self._moved:
                 self.local = local
                 self._moved.notify()
-        return self.outstanding < before
+        arrived = self.outstanding < before
+        if arrived:
+            self._failures_before = self.entry.blob.stat().write_failures
+        return arrived
 
     def ask(self, room: int) -> None:
         """Ask for up to `room` more extents."""
@@ -122,6 +131,11 @@ class _Part:
         """Ask for what has not come; what is under way is not asked for twice."""
         for first, count in self.missing:
             self._request(first, count)
+
+    def probe(self) -> None:
+        """Ask for a little of it."""
+        first, count = self.missing[0]
+        self._request(first, min(count, PROBE))
 
     def _request(self, first: int, count: int) -> None:
         offset = first * EXTENT_SIZE
@@ -222,11 +236,13 @@ class Pull:
             waited = idle if self._policy.mode == "retry" else failing
             if not error.retriable or (self._policy.mode != "hang" and waited >= self._policy.seconds):
                 raise copy.copy(error)
-        unwritten = self._supplier.unwritten(id)
-        if not unwritten:
-            part.ask_again()
-        elif idle >= UNWRITTEN_LIMIT:
+        unwritten = part.unwritten
+        if unwritten and idle >= UNWRITTEN_LIMIT:
             raise EngineError(f"pulling failed: {digest}: it cannot be kept: {os.strerror(unwritten)}")
+        if unwritten:
+            part.probe()
+        else:
+            part.ask_again()
 
     def _any_error(self) -> BlockdevError:
         """Why others of these blobs fail: one whose host is to be left alone has no error of its own."""

@@ -6,16 +6,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import subprocess
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
-from blockdev.engine import EventKind
-from blockdev.errors import SourceError
+from blockdev.config import Policy
+from blockdev.engine import Blob, EventKind
+from blockdev.errors import EngineError, SourceError
+from blockdev.fetch.pull import Pull
 from formats.digests import UNIT, Place
-from tests.checked import BLOB, END, PLACE, Bench, Liar, await_written, same
+from tests.checked import BLOB, DIGEST, END, PLACE, WAIT, Bench, Liar, await_written, same
 from tests.fakes.http_server import Answer, Seen
 from tests.filling import flip
 from tests.requires import requires_root
@@ -35,6 +38,20 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path, liar: Liar) -> Iterato
         made.close()
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+def make_room(bench: Bench) -> None:
+    subprocess.run(["mount", "-o", "remount,size=64m", bench.blobs.parent], check=True)
+
+
+def pull(bench: Bench, blob: Blob) -> None:
+    """All of it, onto the disk."""
+    entry = bench.cache.in_use(blob)
+    assert entry
+    with closing(entry):
+        Pull("app", [entry], bench.supply, Policy("eio", WAIT)).complete(lambda *_: None, threading.Event())
+        assert entry.complete
+        assert entry.verified
 
 
 def statuses(bench: Bench) -> set[int]:
@@ -69,6 +86,45 @@ def test_a_registry_that_ignores_ranges_is_read_with_pauses(bench: Bench, undo: 
     for offset in (0, 5 * UNIT - 5):
         assert same(blob.read_at(offset, 10), offset)
     assert statuses(bench) == {-errno.ENOSPC}
+
+
+@pytest.mark.parametrize("place", [None, PLACE])
+def test_when_there_is_room_again_a_pull_has_it_all(bench: Bench, undo: ExitStack, place: Place | None) -> None:
+    blob = bench.open(undo, place).blob
+    assert same(blob.read_at(0, 5 * UNIT), 0)
+    make_room(bench)
+    pull(bench, blob)
+
+
+def test_a_pull_asks_again_for_what_did_not_come_though_the_disk_was_full(bench: Bench, undo: ExitStack) -> None:
+    blob = bench.open(undo, None).blob
+    assert same(blob.read_at(0, UNIT), 0)
+    make_room(bench)
+    bench.liar.cut = 0
+    pull(bench, blob)
+
+
+def test_a_pull_ends_where_there_is_no_room(bench: Bench, undo: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blockdev.fetch.pull.UNWRITTEN_LIMIT", 0.5)
+    blob = bench.open(undo).blob
+    with pytest.raises(EngineError, match=r"cannot be kept: No space left"):
+        pull(bench, blob)
+    assert same(blob.read_at(3 * UNIT, UNIT), 3 * UNIT)
+
+
+def test_when_there_is_room_again_a_file_is_added_whole(bench: Bench, undo: ExitStack, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(BLOB)
+    blob = bench.open(undo).blob
+    assert same(blob.read_at(UNIT, 5 * UNIT), UNIT)
+    with open(tmp_path / "file", "rb") as file:
+        with pytest.raises(EngineError, match="errno 28"):
+            bench.cache.adopt(file.fileno(), DIGEST)
+        asked = len(bench.liar.requests)
+        assert same(blob.read_at(UNIT, 5 * UNIT), UNIT)
+        assert len(bench.liar.requests) == asked
+        make_room(bench)
+        assert bench.cache.adopt(file.fileno(), DIGEST) == DIGEST
+    assert bench.head().verified
 
 
 @pytest.mark.parametrize("bench", ["8m"], indirect=True)
