@@ -40,7 +40,7 @@ class Scope(NamedTuple):
     """What a login is for."""
 
     repository: str
-    actions: str  # "pull" or "pull,push"
+    actions: str  # "pull", "pull,push" or "delete"
     reading: str = ""  # another repository, to pull from
 
     def __str__(self) -> str:

@@ -89,10 +89,15 @@ class Upload:
             self._place = self._next(reply, task)
 
     def abandon(self) -> None:
-        """What has begun is not wanted. A registry that keeps it will drop it in its time."""
+        """What has begun is not wanted. A registry that keeps it, since pushing is no right to delete, will drop it
+        in its time."""
         place, self._place = self._place, ""
-        with self._client.send(self._task(ANSWER_SECONDS), self._scope, Request("DELETE", place)):
-            pass
+        scope = Scope(self._repository, "delete")
+        try:
+            with self._client.send(self._task(ANSWER_SECONDS), scope, Request("DELETE", place)):
+                pass
+        except (AccessDenied, SourceError) as error:
+            _log.info("upload left behind repository=%s: %s", self._repository, error)
 
     def send(self, chunk: bytes) -> None:
         """The next bytes."""

@@ -100,6 +100,20 @@ def test_anonymous_tokens_are_enough_where_they_are_given(registries: Registries
         assert read(Client(registry.host, NOBODY), 5, 10) == CONTENT[5:15]
 
 
+@pytest.mark.parametrize("never", [set[str](), {"delete"}])
+def test_whoever_may_push_need_not_be_allowed_to_delete(
+    registries: Registries, tokens: TokenServer, tmp_path: Path, never: set[str]
+) -> None:
+    """A registry wants more of whoever takes an upload back than of whoever begins one."""
+    tokens.never = never
+    registry = registries(auth=tokens.registry_options())
+    client = Client(registry.host, provider(tmp_path, registry.host))
+    client.check_upload("app")
+    push(client)
+    assert client.blob_size("app", DIGEST) == len(CONTENT)
+    assert sum("push" in seen.query for seen in tokens.seen) == 1
+
+
 def test_an_identity_token_is_exchanged(registries: Registries, tokens: TokenServer, tmp_path: Path) -> None:
     tokens.identity_tokens.add("refresh-me")
     registry = registries(auth=tokens.registry_options())

@@ -24,7 +24,7 @@ class TokenServer:
     """Knows `users` (name → password) and `identity_tokens`. With no users everybody may pull.
 
     Tokens are good for `life` seconds, and said to be (docker-registry takes them a minute longer).
-    `well` off: 503 to everything. `generous` off: tokens allow nothing.
+    `well` off: 503 to everything. `generous` off: tokens allow nothing. `never`: actions that none allows.
     """
 
     def __init__(self, signer: Issued, users: dict[str, str], life: int = 60) -> None:
@@ -33,6 +33,7 @@ class TokenServer:
         self.life = life
         self.well = True
         self.generous = True
+        self.never: set[str] = set()
         self.signer = signer
         self._server = HttpServer(self._answer)
 
@@ -87,7 +88,8 @@ class TokenServer:
         access = []
         for scope in scopes:
             kind, name, actions = scope.split(":")
-            access.append({"type": kind, "name": name, "actions": actions.split(",")})
+            granted = [action for action in actions.split(",") if action not in self.never]
+            access.append({"type": kind, "name": name, "actions": granted})
         claims = {"iss": ISSUER, "sub": "", "aud": SERVICE, "nbf": now - 5, "iat": now, "exp": now + self.life}
         claims |= {"jti": uuid.uuid4().hex, "access": access}
         certificate = self.signer.loaded.public_bytes(serialization.Encoding.DER)
