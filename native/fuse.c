@@ -70,6 +70,20 @@ static int fuse_gone(struct ob_fuse *fuse)
 	return poll(&descriptor, 1, 0) > 0;
 }
 
+/* One that has not been used yet, or NULL. The lock is held. */
+static struct slot *slot_new(struct ob_fuse *fuse)
+{
+	struct slot *slot = &fuse->slots[fuse->used];
+
+	if (fuse->used == fuse->config.slots)
+		return NULL;
+	slot->fuse = fuse;
+	slot->record = (void *)((uint8_t *)fuse->session + SESSION_SIZE + (size_t)fuse->used * fuse->record_size);
+	slot->buffer = fuse->image->upper ? (uint8_t *)slot->record + RECORD_SIZE : fuse->buffers + (size_t)fuse->used * READ_MAX;
+	fuse->used++;
+	return slot;
+}
+
 /* Waits for a free slot; NULL when the session is over. */
 static struct slot *slot_take(struct ob_fuse *fuse)
 {
@@ -78,6 +92,9 @@ static struct slot *slot_take(struct ob_fuse *fuse)
 
 	pthread_mutex_lock(&fuse->lock);
 	while (!fuse->free && !fuse->over) {
+		fuse->free = slot_new(fuse);
+		if (fuse->free)
+			break;
 		clock_gettime(CLOCK_MONOTONIC, &until);
 		until.tv_sec += CROWDED_MS / 1000;
 		if (pthread_cond_timedwait(&fuse->freed, &fuse->lock, &until) == ETIMEDOUT)
@@ -251,15 +268,6 @@ static int fuse_map(struct ob_fuse *fuse, int memfd)
 	memcpy(fuse->session->magic, SESSION_MAGIC, sizeof(SESSION_MAGIC));
 	fuse->session->slots = fuse->config.slots;
 	fuse->session->record_size = fuse->record_size;
-	for (uint32_t i = 0; i < fuse->config.slots; i++) {
-		struct slot *slot = &fuse->slots[i];
-
-		slot->fuse = fuse;
-		slot->record = (void *)((uint8_t *)fuse->session + SESSION_SIZE + (size_t)i * fuse->record_size);
-		slot->buffer = fuse->image->upper ? (uint8_t *)slot->record + RECORD_SIZE : fuse->buffers + (size_t)i * READ_MAX;
-		slot->next = fuse->free;
-		fuse->free = slot;
-	}
 	return 0;
 }
 

@@ -82,7 +82,8 @@ struct ob_fuse {
 	pthread_mutex_t lock;           /* innermost; guards what follows */
 	pthread_cond_t freed;           /* a slot was, or `over` is set; monotonic clock */
 	struct slot *free;
-	uint32_t in_hand;               /* slots not on the free list */
+	uint32_t used;                  /* slots that ever were: the others take no memory */
+	uint32_t in_hand;               /* slots that were taken and not given back */
 	uint32_t running;               /* threads that have not ended */
 	int over;                       /* the threads end */
 	int status;                     /* -errno that ended them, if not a plain unmount */

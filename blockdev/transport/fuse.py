@@ -17,7 +17,10 @@ from blockdev.image import OpenImage
 
 THREADS = 2  # read /dev/fuse and answer hits; misses wait in slots, not in threads
 WRITING_THREADS = 4  # writes and syncs wait for the disk on their threads, and reads shall not wait for them
-SLOTS = 64  # requests in hand; a loop device alone keeps 128 in flight, so depth pays
+# Requests in hand, those that wait for a registry too: more than the 128 that a loop device keeps in flight, so that
+# no number of misses on it keeps what is cached waiting. Memory as they are used: 1 MiB at most for each.
+SLOTS = 256
+WRITING_SLOTS = 64  # of a writable image, which has all its memory from the start
 
 
 class FuseTransport:
@@ -36,8 +39,8 @@ class FuseTransport:
         """Begin to serve. Once."""
         # Whoever holds this and the descriptor can answer what we had read (native/fuse.c).
         self._memfd = os.memfd_create(f"ociblk-fuse-{self._id}", os.MFD_CLOEXEC)
-        threads = WRITING_THREADS if image.image.writable else THREADS
-        self._session = image.image.serve_fuse(self._fuse_fd, self._memfd, id=self._id, threads=threads, slots=SLOTS)
+        threads, slots = (WRITING_THREADS, WRITING_SLOTS) if image.image.writable else (THREADS, SLOTS)
+        self._session = image.image.serve_fuse(self._fuse_fd, self._memfd, id=self._id, threads=threads, slots=slots)
 
     def detach(self, *, timeout: float) -> None:
         """End. Idempotent.

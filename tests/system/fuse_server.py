@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server for one FUSE file, small enough to kill: fuse_server.py FD FILE warm|cold.
+"""A server for one FUSE file, small enough to kill: fuse_server.py FD FILE warm|cold|begun.
 
 Serves FILE as a flat image on the mounted /dev/fuse descriptor FD, says "ready", ends
-when it is unmounted. cold: nothing is in the cache and no fetch is ever answered.
+when it is unmounted. cold: nothing is in the cache and no fetch is ever answered; begun: but the first 64 KiB are.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ def open_blob(engine: Engine, file: Path, how: str) -> Blob:
     data, table = os.memfd_create("data"), os.memfd_create("table")
     os.ftruncate(data, size)
     os.ftruncate(table, TABLE_OFFSET + 4 * -(-size // 65536))
-    return engine.open_cached(data, table, id=1, size=size, table_offset=TABLE_OFFSET, policy=Policy("hang"))
+    blob = engine.open_cached(data, table, id=1, size=size, table_offset=TABLE_OFFSET, policy=Policy("hang"))
+    if how == "begun":
+        blob.store(0, memoryview(file.read_bytes()[:65536]))
+    return blob
 
 
 def main(fuse_fd: int, file: Path, how: str) -> None:

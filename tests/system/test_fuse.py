@@ -16,12 +16,15 @@ from pathlib import Path
 import pytest
 
 from blockdev import mountpoint
+from tests.commands import until
 from tests.requires import requires_mount
 from tests.system.served import served
 
 requires_mount()
 
 MIB = 1 << 20
+MISSES = 200  # a loop device has 128 requests in flight
+WAIT = 20.0
 SIZES = [0, 1, 511, 4096, 200001, 3 * MIB, 5 * MIB + 17]
 
 
@@ -121,3 +124,28 @@ def test_a_session_ends_when_its_file_is_unmounted(raw: Path, tmp_path: Path) ->
         subprocess.run(["umount", disk.file], check=True)
         assert disk.wait().startswith("answered")
         assert disk.server.returncode == 0
+
+
+def test_what_is_cached_is_read_behind_more_misses_than_a_loop_device_has_requests(raw: Path, tmp_path: Path) -> None:
+    content = raw.read_bytes()
+
+    def read(number: int) -> bytes:
+        buffer = mmap.mmap(-1, 4096)
+        os.preadv(fd, [buffer], number * 4096)
+        return buffer[:]
+
+    with ThreadPoolExecutor(MISSES + 1) as pool, served(raw, tmp_path, how="begun") as disk:
+        fd = os.open(disk.file, os.O_RDONLY | os.O_DIRECT)
+        misses = [pool.submit(read, 100 + number) for number in range(MISSES)]
+        try:
+            assert until(lambda: waiting_for_fuse() == MISSES)
+            assert pool.submit(read, 3).result(WAIT) == content[3 * 4096 : 4 * 4096]
+        finally:
+            disk.kill()
+            os.close(fd)
+        assert all(miss.exception(WAIT) for miss in misses)
+
+
+def waiting_for_fuse() -> int:
+    """Threads of this process that wait for the answer to a read."""
+    return sum("fuse" in path.read_text() for path in Path("/proc/self/task").glob("*/wchan"))
