@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
@@ -24,7 +23,8 @@ _AT_ONCE = 4 * UNIT  # bytes of one piece that is read back
 
 
 class Early:
-    """The bytes of one body, in order. Where they cannot be kept (a full disk), nothing is. Any thread may call."""
+    """The bytes of one body, in order. Where they cannot be kept (a full disk), nothing is. For one thread: nobody
+    else reads of a blob before its table is there."""
 
     def __init__(self, folder: Path, size: int) -> None:
         """`size`: of the blob; `folder`: where its cache's files are."""
@@ -32,40 +32,43 @@ class Early:
         self._size = size
         self._fd = -1
         self._kept = 0  # bytes from the blob's start
-        self._lock = threading.Lock()
 
     def put(self, offset: int, content: memoryview) -> None:
         """The next bytes; from offset 0 on those of another body."""
-        with self._lock:
-            if offset and offset != self._kept:
-                return
-            try:
-                if self._fd < 0:
-                    self._fd = open_nameless(self._folder)
-                self._kept = offset + write_at(self._fd, content, offset)
-            except OSError as error:
-                self._kept = 0
-                log.info("no room for what comes before a digest table: %s", error.strerror)
+        if offset and offset != self._kept:
+            return
+        try:
+            if self._fd < 0:
+                self._fd = open_nameless(self._folder)
+            self._kept = offset + write_at(self._fd, content, offset)
+        except OSError as error:
+            log.info("no room for what comes before a digest table: %s", error.strerror)
+            self._drop()
 
     @property
     def whole(self) -> bool:
         """Whether all of the blob is here."""
         return self._kept == self._size
 
-    def pieces(self) -> Iterator[tuple[int, memoryview]]:
-        """Offset and bytes of all that is here: whole units, in order. What the disk does not give back is left out."""
-        with self._lock:
-            for offset in range(0, self._kept, _AT_ONCE):
-                try:
-                    yield offset, memoryview(os.pread(self._fd, min(_AT_ONCE, self._kept - offset), offset))
-                except OSError as error:
-                    log.warning("what came before a digest table is not read again: %s", error.strerror)
+    def taken(self) -> Iterator[tuple[int, memoryview]]:
+        """Offset and bytes of a whole blob: whole units, the last first, and what is taken leaves its room to the
+        cache. What the disk does not give back is left out."""
+        for offset in reversed(range(0, self._size, _AT_ONCE)):
+            try:
+                piece = os.pread(self._fd, _AT_ONCE, offset)
+                os.ftruncate(self._fd, offset)
+            except OSError as error:
+                log.warning("what came before a digest table is not read again: %s", error.strerror)
+            else:
+                yield offset, memoryview(piece)
+
+    def _drop(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._kept = -1, 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with self._lock:
-            if self._fd >= 0:
-                os.close(self._fd)
-            self._fd, self._kept = -1, 0
+        self._drop()

@@ -120,7 +120,7 @@ class Units:
                 raise self._complain(_TABLE, self.place.offset, "digest table")
             self._wrong.pop(_TABLE, None)
             self._came_from = 0 if early.whole else start
-            for offset, piece in early.pieces() if early.whole else [(start, end)]:
+            for offset, piece in early.taken() if early.whole else [(start, end)]:
                 self._offer(table, offset, piece)
         return table
 

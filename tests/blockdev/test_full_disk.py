@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
+import os
 import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,8 @@ from blockdev.errors import EngineError, SourceError
 from blockdev.fetch.pull import Pull
 from formats.digests import UNIT, Place
 from tests.checked import BLOB, DIGEST, END, PLACE, WAIT, Bench, Liar, await_written, same
-from tests.fakes.http_server import Answer, Seen
+from tests.commands import until
+from tests.fakes.http_server import PIECE_WAIT, Answer, Seen
 from tests.filling import flip
 from tests.requires import requires_root
 
@@ -86,6 +90,34 @@ def test_a_registry_that_ignores_ranges_is_read_with_pauses(bench: Bench, undo: 
     for offset in (0, 5 * UNIT - 5):
         assert same(blob.read_at(offset, 10), offset)
     assert statuses(bench) == {-errno.ENOSPC}
+
+
+@pytest.mark.parametrize("bench", ["3m"], indirect=True)
+def test_what_comes_before_a_table_needs_no_room_twice(bench: Bench, undo: ExitStack) -> None:
+    bench.liar.ranges = False
+    blob = bench.open(undo).blob
+    assert blob.read_at(0, len(BLOB)) == BLOB
+    await_written(blob, len(BLOB))
+    assert len(bench.liar.requests) == 1
+
+
+@pytest.mark.parametrize("bench", ["2m"], indirect=True)
+def test_what_has_no_room_before_a_table_takes_none(
+    bench: Bench, undo: ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer, gate = bench.liar.server.answer, threading.Event()
+    bench.liar.ranges = False
+    bench.liar.server.answer = lambda seen: replace(answer(seen), gate=gate, hold_at=9 * UNIT)
+    free = os.statvfs(bench.blobs.parent).f_bfree
+    blob = bench.open(undo).blob
+    with caplog.at_level(logging.INFO):
+        reader = threading.Thread(target=blob.read_at, args=(0, 10))
+        reader.start()
+        assert until(lambda: "no room" in caplog.text)
+        assert until(lambda: os.statvfs(bench.blobs).f_bfree > free // 2, PIECE_WAIT / 2)
+    gate.set()
+    reader.join(WAIT)
+    assert not reader.is_alive()
 
 
 @pytest.mark.parametrize("place", [None, PLACE])
