@@ -74,7 +74,9 @@ class Command(Parser):
                 rest.append(word)
             else:
                 apart = 0 if _carries_value(word) else 1 if option.nargs is None else int(option.nargs)
-                options += [word, *islice(left, apart)]
+                values = list(islice(left, apart))
+                whole = len(values) == apart  # else it stays last, or it would take an argument for its value
+                (options if whole else rest).extend([word, *values])
         return options + rest
 
     def _option(self, word: str) -> argparse.Action | None:

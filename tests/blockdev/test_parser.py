@@ -89,6 +89,20 @@ def test_what_a_command_does_not_know_is_said_with_the_command(words: list[str])
 
 
 @pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["fsck", "i", "--root"], "--root"),
+        (["ls", "i", "/etc", "--ca"], "--ca"),
+        (["commit", "d", "i", "--json", "-o"], "-o/--output"),
+        (["mount", "i", "d", "--rw", "--upper", "u"], "--upper"),
+    ],
+)
+def test_an_option_takes_no_argument_for_the_value_it_lacks(words: list[str], option: str) -> None:
+    with pytest.raises(UsageError, match=f"^argument {option}: expected "):
+        cli._parse(words)
+
+
+@pytest.mark.parametrize(
     ("word", "said"),
     [
         ("attach", "did you mean ociblk mount or ociblk serve?"),
