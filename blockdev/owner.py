@@ -306,6 +306,7 @@ class Owner:
 
     def _begin_to_end(self, device: Device, timeout: float) -> bool:
         """False if there is no thread for it, and flushing it here would take as long as its disk does."""
+
         def end() -> None:
             with suppress(BlockdevError):  # the device has logged it, and keeps it for whoever asks
                 device.drain(timeout)

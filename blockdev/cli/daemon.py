@@ -172,4 +172,3 @@ def _unmount_all(connection: client.Connection, root: Root) -> list[BlockdevErro
             with contextlib.suppress(BlockdevError):  # gone by now
                 unmount(mounted.point, root, force=True)
     return lost
-
