@@ -81,13 +81,16 @@ class Transfer:
 def progress(verb: str) -> Show:
     """show(done, total) bytes of long work, on stderr, if that is a terminal."""
     started = last = time.monotonic()
+    shown = (-1, -1)
     verb = stdio.printable(verb)
 
     def show(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal last, shown
         now = time.monotonic()
-        if now - started >= _PROGRESS_AFTER and (now - last >= _PROGRESS_EVERY or done == total):
-            last = now
+        if now - started < _PROGRESS_AFTER or (done, total) == shown:  # the end is often told twice
+            return
+        if now - last >= _PROGRESS_EVERY or done == total:
+            last, shown = now, (done, total)
             line = f"{verb} {size(done)} of {size(total)}" if total else f"{verb} {size(done)}"
             stdio.show_progress(line, last=done == total)
 
