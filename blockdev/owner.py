@@ -27,7 +27,7 @@ from blockdev.catalog import Catalog, Place
 from blockdev.config import Policy
 from blockdev.device import Device, NbdTransport
 from blockdev.engine import Engine, Event, EventKind
-from blockdev.errors import BlockdevError, DeviceError, NotFound, SourceError, UsageError
+from blockdev.errors import BlockdevError, CorruptImage, DeviceError, NotFound, SourceError, UsageError
 from blockdev.fetch.pull import Progress as PullProgress
 from blockdev.fetch.pull import Pull, Pulled
 from blockdev.fsck import Check, Finding, Fsck, Refetch, Repair, Report
@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 _CLOSE_LIMIT = 1.0  # seconds to close what devices hold that nobody wrote to, once they have drained
 _RETRY = 0.5  # seconds after which a thread that could not be started is tried again
 _LOOK = 0.25  # seconds between looks at whether a caller who waits for reads is still there
+_PLACES_TOLD = 16  # of a blob, in the log: one that is all wrong has thousands
 _JOIN_LIMIT = 2.0  # seconds for fetch threads to come back from a source
 
 
@@ -66,6 +67,7 @@ class Owner:
         self._ids = itertools.count(1)
         self._stopping = threading.Event()
         self._warned_of_writes = False
+        self._damage: dict[str, set[int]] = {}  # places that were told, by blob
 
     # ---- for sessions ----
 
@@ -253,12 +255,29 @@ class Owner:
             self._note_failure(event.id)
         elif event.kind is EventKind.CACHE_WRITE:
             self._warn_of_writes(-event.status)
+        elif event.kind is EventKind.BLOB_DAMAGED:
+            self._note_damage()
 
     def _warn_of_writes(self, error: int) -> None:
         if not self._warned_of_writes:
             self._warned_of_writes = True
             why = os.strerror(error)
             log.warning("cache not written, reads go on without it root=%s reason=%s", self._root.path, why)
+
+    def _note_damage(self) -> None:
+        """Some block is wrong for good: said once for each, and for some of each blob."""
+        for device in self.devices():
+            for name, offset in device.stack.damage():
+                places = self._damage.setdefault(name, set())
+                device.error = _damaged(name, offset)
+                if offset not in places and len(places) < _PLACES_TOLD:
+                    places.add(offset)
+                    log.error("blob damaged id=%d where=%s: %s", device.id, device.where, device.error)
+
+    def why(self, device: Device) -> BlockdevError | None:
+        """Why reads of a device fail, if that is known."""
+        wrong = [CorruptImage(_damaged(*place)) for place in device.stack.damage()]
+        return wrong[0] if wrong else self._supply.why(device.stack.blobs)
 
     def _note_failure(self, id: int) -> None:
         blob, why = self._supply.failure(id)
@@ -334,3 +353,7 @@ def _watch(blobs: Sequence[NamedBlob], gone: Callable[[], bool], over: threading
             for named in blobs:
                 named.give_up()
             return
+
+
+def _damaged(name: str, offset: int) -> str:
+    return f"read blob: {name}: offset {offset}: a block fails its checksum, or cannot be decoded"

@@ -184,14 +184,17 @@ class Session:
 
     def _mount(self, message: Message) -> Body:
         """Open an image; then the caller mounts FUSE and passes it ("fuse"), mounts what it wants
-        of it and says so ("mounted"). If it does not get so far, nothing of it stays here."""
+        of it and says so ("mounted"), or asks what is wrong with it ("why"). If it does not get so far, nothing of
+        it stays here."""
         device = self._owner.add_device(self._open(message))
         try:
             self._channel.send({"id": device.id, "size": device.size})
             with contextlib.closing(self._next("fuse")) as passed:
                 device.attach(FuseTransport(os.dup(passed.descriptor(0)), id=device.id))
             self._channel.send({"serving": device.id})
-            with contextlib.closing(self._next("mounted")) as mounted:
+            with contextlib.closing(self._next("mounted", "why")) as mounted:
+                if mounted.body["op"] == "why":
+                    raise self._owner.why(device) or DeviceError("mount failed: nothing is known of it")
                 device.where, device.how = mounted.member("where", str), mounted.member("how", str)
                 device.connection = mounted.member("connection", int)
         except BaseException:
@@ -237,14 +240,14 @@ class Session:
                 return
             self._channel.send(_WAITING if beat == _PATIENCE else {"progress": {}})
 
-    def _next(self, op: str) -> Message:
-        """The caller's next request, which has to be this one."""
+    def _next(self, *ops: str) -> Message:
+        """The caller's next request, which has to be one of these."""
         message = self._channel.receive()
         if message is None:
             raise ConnectionAbortedError
-        if message.body.get("op") != op:
+        if message.body.get("op") not in ops:
             message.close()
-            raise UsageError(f"asking the owner failed: {message.body.get('op')!r:.40}: {op} has to come first")
+            raise UsageError(f"asking the owner failed: {message.body.get('op')!r:.40}: {ops[0]} has to come first")
         return message
 
     def _device_live(self, device: Device) -> None:

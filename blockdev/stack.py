@@ -68,6 +68,11 @@ class Stack:
         with self._lock:
             return [] if self._closed else [named.blob.stat() for named in self.blobs]
 
+    def damage(self) -> list[tuple[str, int]]:
+        """The blobs that have a block which is wrong for good, and the offset of the last one found."""
+        stats = zip(self.blobs, self.stats(), strict=False)  # none of a closed one
+        return [(named.name, stat.damaged_offset) for named, stat in stats if stat.damaged]
+
     def close(self) -> None:
         """Idempotent. All is closed even if what was written cannot be flushed, which is the error then."""
         with self._lock:

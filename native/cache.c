@@ -509,6 +509,19 @@ int blob_reject(struct ob_blob *blob, uint64_t offset, uint64_t length)
 	return again || !retried;
 }
 
+void blob_damaged(struct ob_blob *blob, uint64_t offset)
+{
+	int known;
+
+	pthread_mutex_lock(&blob->engine->fetch.lock);
+	known = blob->damaged && blob->damaged_offset == offset;
+	blob->damaged = 1;
+	blob->damaged_offset = offset;
+	fetch_unlock(&blob->engine->fetch, NULL, NULL);
+	if (!known)
+		engine_post(blob->engine, OB_EVENT_BLOB_DAMAGED, -EBADMSG, blob->id);
+}
+
 /* Under the lock: take [first, ...) of what is missing for ourselves, or (*kept) of what is in memory since it
  * could not be written; returns how many. */
 static uint64_t extents_claim(struct ob_blob *blob, uint64_t first, uint64_t end, int *kept)
@@ -643,12 +656,10 @@ void ob_blob_get_stat(struct ob_blob *blob, ob_blob_stat *out)
 {
 	*out = (ob_blob_stat){ .size = blob->size, .hits = atomic_load(&blob->hits), .misses = atomic_load(&blob->misses),
 	                       .crc_failures = atomic_load(&blob->crc_failures) };
-	if (!blob->state) {
-		out->present_bytes = blob->size;
-		return;
-	}
 	pthread_mutex_lock(&blob->engine->fetch.lock);
-	out->present_bytes = blob->present * OB_EXTENT_SIZE;
+	out->damaged = blob->damaged;
+	out->damaged_offset = blob->damaged_offset;
+	out->present_bytes = blob->state ? blob->present * OB_EXTENT_SIZE : blob->size;
 	if (blob->extents && out->present_bytes && (extent_kind(blob, blob->extents - 1) == EXTENT_PRESENT))
 		out->present_bytes -= OB_EXTENT_SIZE - extent_length(blob, blob->extents - 1);
 	out->fetched_bytes = blob->fetched_bytes;

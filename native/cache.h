@@ -80,6 +80,8 @@ struct ob_blob {
 	int down;
 	int write_failed;        /* said once, until a write succeeds */
 	int write_error;         /* the last */
+	int damaged;             /* a block of it is wrong for good ... */
+	uint64_t damaged_offset; /* ... the last that was found */
 	uint64_t fetched_bytes, fetch_count, retired, write_failures;
 	atomic_int sealed;       /* the seal could not be broken: nothing may be written */
 	_Atomic uint64_t hits, misses, crc_failures;
@@ -95,6 +97,9 @@ int blob_try_read(struct ob_blob *blob, uint64_t offset, void *buffer, uint64_t 
 void blob_want(struct ob_blob *blob, uint64_t offset, uint64_t length, struct parked *parked);
 /* Content in the range failed its check. 1: dropped, read again; 0: that was the last try. */
 int blob_reject(struct ob_blob *blob, uint64_t offset, uint64_t length);
+
+/* What is at this offset is wrong for good: the user is told, if he was not told of that place last. */
+void blob_damaged(struct ob_blob *blob, uint64_t offset);
 
 /* ---- for fetch.c ---- */
 

@@ -29,7 +29,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes; checked when the binding is imported. */
-#define OB_ABI_VERSION 7
+#define OB_ABI_VERSION 8
 uint32_t ob_abi_version(void);
 
 /* Text of the last failure in this thread: "what failed: which thing: why". Never NULL. */
@@ -59,7 +59,8 @@ enum {
 	OB_EVENT_BLOB_FAILING = 3,   /* the first fetch of blob `id` failed after success */
 	OB_EVENT_BLOB_DOWN = 4,      /* ... and its policy has now run out: misses fail at once */
 	OB_EVENT_NBD_CLOSED = 5,     /* NBD connection `id` has ended */
-	OB_EVENT_FUSE_CLOSED = 6     /* FUSE session `id` has ended */
+	OB_EVENT_FUSE_CLOSED = 6,    /* FUSE session `id` has ended */
+	OB_EVENT_BLOB_DAMAGED = 7    /* a block of blob `id` (0: a local one) is wrong for good, another than the last */
 };
 
 typedef struct {
@@ -112,6 +113,8 @@ typedef struct {
 	int32_t down;             /* 1 once misses fail at once */
 	int32_t write_error;      /* -errno of the last write of its cache that failed */
 	uint64_t write_failures;  /* since the blob was opened */
+	uint64_t damaged_offset;  /* of the block that was found wrong for good last, ... */
+	int32_t damaged;          /* ... if one was */
 } ob_blob_stat;
 
 /* A local file that already holds the whole blob. fd is duplicated. */

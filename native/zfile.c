@@ -328,5 +328,7 @@ int zfile_try_read(struct zfile *z, struct ob_blob *blob, uint64_t offset, void 
 		if (status == -EBADMSG && looks++ == 0)
 			status = 0;
 	}
+	if (status == -EBADMSG)
+		blob_damaged(blob, stored_base(z) + block_start(z, reading.offset >> z->block_shift));
 	return status;
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -82,8 +83,20 @@ def _file_system(
     with FuseFile(writable=args.rw) as file:
         owner.call("fuse", descriptors=[file.fuse_fd])
         file.passed()
-        with mountpoint.mount_filesystem(file, args.target, options, root) as mounted:
+        with _explained(owner), mountpoint.mount_filesystem(file, args.target, options, root) as mounted:
             yield mounted
+
+
+@contextlib.contextmanager
+def _explained(owner: client.Connection) -> Iterator[None]:
+    """If the block fails since the image cannot be read, the owner may know why."""
+    try:
+        yield
+    except DeviceError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EIO, errno.EUCLEAN):
+            with contextlib.suppress(DeviceError):  # it does not
+                owner.call("why")
+        raise
 
 
 @contextlib.contextmanager

@@ -31,6 +31,8 @@ class BlobStat:
     down: bool
     write_error: int  # errno of the last write that failed
     write_failures: int
+    damaged: bool
+    damaged_offset: int  # of the last block that was found wrong for good
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class Blob(Handle):
         return BlobStat(
             out.size, out.present_bytes, out.fetched_bytes, out.fetches, out.hits, out.misses, out.crc_failures,
             out.retired, out.failing_ns / 1e9, bool(out.down), -out.write_error, out.write_failures,
+            bool(out.damaged), out.damaged_offset,
         )  # fmt: skip
 
     def open_raw(self, base: int, length: int) -> File:

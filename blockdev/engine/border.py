@@ -16,7 +16,7 @@ from blockdev.errors import BlockdevError, CorruptImage, EngineError, SourceErro
 
 __all__ = ["EXTENT_SIZE", "LAYERS_MAX", "EngineStopped", "Handle", "check", "ffi", "lib"]
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 EXTENT_SIZE: int = lib.OB_EXTENT_SIZE
 LAYERS_MAX: int = lib.OB_LAYERS_MAX
 

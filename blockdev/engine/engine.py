@@ -24,6 +24,7 @@ class EventKind(IntEnum):
     BLOB_DOWN = lib.OB_EVENT_BLOB_DOWN
     NBD_CLOSED = lib.OB_EVENT_NBD_CLOSED
     FUSE_CLOSED = lib.OB_EVENT_FUSE_CLOSED
+    BLOB_DAMAGED = lib.OB_EVENT_BLOB_DAMAGED
 
 
 @dataclass(frozen=True)
