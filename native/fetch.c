@@ -606,7 +606,7 @@ void fetch_queue_stop(struct ob_engine *engine)
 
 	pthread_mutex_lock(&queue->lock);
 	queue->stopping = 1;
-	parked_dismiss(engine, &ready);
+	parked_dismiss(engine, NULL, &ready);
 	queue->called = queue->used;
 	pthread_cond_broadcast(&queue->settled);
 	pthread_cond_broadcast(&queue->tick);

@@ -112,7 +112,7 @@ int ob_file_read(struct ob_file *file, uint64_t offset, void *buffer, uint64_t l
 {
 	struct reading reading = {file, offset, length, buffer};
 
-	return parked_wait(file->blob->engine, reading_attempt, reading_want, &reading);
+	return parked_wait(file->blob->engine, reading_attempt, reading_want, &reading, NULL);
 }
 
 int ob_blob_read(struct ob_blob *blob, uint64_t offset, void *buffer, uint64_t length)

@@ -196,6 +196,7 @@ static void reader_end(struct ob_fuse *fuse, int error)
 	last = --fuse->running == 0 && !fuse->closing;
 	pthread_cond_broadcast(&fuse->freed);
 	pthread_mutex_unlock(&fuse->lock);
+	parked_end_waits(fuse->image->engine, &fuse->ending);
 	if (last)
 		engine_post(fuse->image->engine, OB_EVENT_FUSE_CLOSED, fuse->status, fuse->config.id);
 }
@@ -361,6 +362,7 @@ void ob_fuse_close(struct ob_fuse *fuse)
 	fuse->over = fuse->closing = 1;
 	pthread_cond_broadcast(&fuse->freed);
 	pthread_mutex_unlock(&fuse->lock);
+	parked_end_waits(fuse->image->engine, &fuse->ending);
 	if (write(fuse->stop_fd, &one, sizeof(one)) < 0 && fuse->reader_count)
 		abort();   /* cannot be: the eventfd is fresh; the joins below would wait for ever */
 	while (fuse->reader_count)

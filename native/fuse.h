@@ -77,6 +77,7 @@ struct ob_fuse {
 	struct reader *readers;
 	uint32_t reader_count;
 	atomic_int dirty;               /* some buffer may be resident */
+	atomic_int ending;              /* no thread may wait for a source any more */
 	_Atomic uint64_t requests, read_bytes;
 
 	pthread_mutex_t lock;           /* innermost; guards what follows */

@@ -219,7 +219,7 @@ static void serve_write(struct slot *slot)
 		return;
 	}
 	out.size = in->size;
-	status = ob_image_write(slot->fuse->image, in->offset, in + 1, in->size);
+	status = image_write(slot->fuse->image, in->offset, in + 1, in->size, &slot->fuse->ending);
 	if (!status && in->flags & O_DSYNC)
 		status = ob_image_flush(slot->fuse->image);
 	slot_answer(slot, write_error(status), &out, status ? 0 : sizeof(out));
@@ -240,7 +240,7 @@ static void serve_fallocate(struct slot *slot)
 		if (in->length > room && !(in->mode & FALLOC_FL_KEEP_SIZE))
 			status = -EFBIG;
 		else if (room)
-			status = write_error(ob_image_zero(image, in->offset, min_u64(in->length, room)));
+			status = write_error(image_write(image, in->offset, NULL, min_u64(in->length, room), &slot->fuse->ending));
 	}
 	slot_answer(slot, status, NULL, 0);
 }

@@ -190,17 +190,19 @@ int ob_image_read(struct ob_image *image, uint64_t offset, void *buffer, uint64_
 
 	if (status)
 		return status;
-	return parked_wait(image->engine, image_attempt, image_miss, &call);
+	return parked_wait(image->engine, image_attempt, image_miss, &call, NULL);
 }
 
 /* ---- writing ---- */
 
 /* Change `length` bytes inside one sector; NULL: to zeros. Waits for what the sector holds, without
  * the lock: what it waits for may take long. */
-static int image_patch(struct ob_image *image, uint64_t offset, const uint8_t *bytes, uint64_t length)
+static int image_patch(struct ob_image *image, uint64_t offset, const uint8_t *bytes, uint64_t length,
+                       const atomic_int *ending)
 {
 	uint64_t start = offset / SECTOR * SECTOR, done;
 	uint8_t sector[SECTOR];
+	struct image_read_call call = { .image = image, .offset = start, .length = SECTOR, .buffer = sector };
 	int status;
 
 	for (;;) {
@@ -217,14 +219,16 @@ static int image_patch(struct ob_image *image, uint64_t offset, const uint8_t *b
 		pthread_mutex_unlock(&image->upper->lock);
 		if (status != -EAGAIN)
 			return status;
-		status = ob_image_read(image, start, sector, SECTOR);
+		call.done = 0;
+		status = parked_wait(image->engine, image_attempt, image_miss, &call, ending);
 		if (status)
 			return status;
 	}
 }
 
 /* Write, or zero where there are no bytes to write: the whole sectors at once, the edges by themselves. */
-static int image_change(struct ob_image *image, uint64_t offset, const uint8_t *bytes, uint64_t length)
+static int image_change(struct ob_image *image, uint64_t offset, const uint8_t *bytes, uint64_t length,
+                        const atomic_int *ending)
 {
 	while (length) {
 		uint64_t inside = offset % SECTOR, part = length / SECTOR * SECTOR;
@@ -232,7 +236,7 @@ static int image_change(struct ob_image *image, uint64_t offset, const uint8_t *
 
 		if (inside || !part) {
 			part = min_u64(length, SECTOR - inside);
-			status = image_patch(image, offset, bytes, part);
+			status = image_patch(image, offset, bytes, part, ending);
 		} else {
 			pthread_mutex_lock(&image->upper->lock);
 			status = bytes ? upper_write(image->upper, offset, bytes, part) : upper_zero(image->upper, offset, part);
@@ -254,18 +258,21 @@ static int image_check_write(const struct ob_image *image, uint64_t offset, uint
 	return image_check(image, "write image", offset, length);
 }
 
-int ob_image_write(struct ob_image *image, uint64_t offset, const void *buffer, uint64_t length)
+int image_write(struct ob_image *image, uint64_t offset, const void *buffer, uint64_t length, const atomic_int *ending)
 {
 	int status = image_check_write(image, offset, length);
 
-	return status ? status : image_change(image, offset, buffer, length);
+	return status ? status : image_change(image, offset, buffer, length, ending);
+}
+
+int ob_image_write(struct ob_image *image, uint64_t offset, const void *buffer, uint64_t length)
+{
+	return image_write(image, offset, buffer, length, NULL);
 }
 
 int ob_image_zero(struct ob_image *image, uint64_t offset, uint64_t length)
 {
-	int status = image_check_write(image, offset, length);
-
-	return status ? status : image_change(image, offset, NULL, length);
+	return image_write(image, offset, NULL, length, NULL);
 }
 
 int ob_image_flush(struct ob_image *image)

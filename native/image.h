@@ -29,5 +29,8 @@ struct ob_image *image_ref(struct ob_image *image);
 int image_read(struct ob_image *image, uint64_t offset, uint8_t *buffer, uint64_t length, uint64_t *done);
 /* Have everything that range misses fetched for `parked`. No I/O. */
 void image_want(struct ob_image *image, uint64_t offset, uint64_t length, struct parked *parked);
+/* As ob_image_write(), or ob_image_zero() if there is no buffer, for who may have to end meanwhile: what the rest of
+ * a sector is waited for ends with parked_end_waits(). */
+int image_write(struct ob_image *image, uint64_t offset, const void *buffer, uint64_t length, const atomic_int *ending);
 
 #endif

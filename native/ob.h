@@ -325,7 +325,8 @@ typedef struct {
  * process holding both can answer what this one had read. */
 int ob_fuse_start(ob_image *image, int fuse_fd, int memfd, const ob_fuse_config *config, ob_fuse **out);
 void ob_fuse_get_stat(ob_fuse *fuse, ob_fuse_stat *out);
-/* Ends the session's threads and frees it; the mount itself is its mounter's. */
+/* Ends the session's threads and frees it; the mount itself is its mounter's. May wait for the disk, but for no
+ * source: a write that does fails. */
 void ob_fuse_close(ob_fuse *fuse);
 
 /* ---- pieces the builders share with the read path ----------------------------------------------- */

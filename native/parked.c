@@ -75,7 +75,7 @@ void parked_end(struct parked *parked)
 	struct parked *ready = NULL;
 
 	pthread_mutex_lock(&queue->lock);
-	if (queue->stopping)
+	if (queue->stopping || (parked->ending && atomic_load(parked->ending)))
 		parked->failure = -ESHUTDOWN;
 	if (--parked->pending == 0 || parked->failure) {
 		parked_collect(parked, &ready);
@@ -159,16 +159,27 @@ void parked_settle(struct ob_blob *blob, struct parked **ready)
 		parked_settle_fetch(fetch, 0, ready);
 }
 
-void parked_dismiss(struct ob_engine *engine, struct parked **ready)
+void parked_dismiss(struct ob_engine *engine, const atomic_int *ending, struct parked **ready)
 {
-	struct fetch_queue *queue = &engine->fetch;
+	struct parked *parked, *next;
 
-	struct parked *parked;
-
-	while ((parked = LIST_FIRST(&queue->parked))) {
+	for (parked = LIST_FIRST(&engine->fetch.parked); parked; parked = next) {
+		next = LIST_NEXT(parked, all);
+		if (ending && parked->ending != ending)
+			continue;
 		parked->failure = -ESHUTDOWN;
 		parked_collect(parked, ready);
 	}
+}
+
+void parked_end_waits(struct ob_engine *engine, atomic_int *ending)
+{
+	struct parked *ready = NULL;
+
+	atomic_store(ending, 1);
+	pthread_mutex_lock(&engine->fetch.lock);
+	parked_dismiss(engine, ending, &ready);
+	fetch_unlock(&engine->fetch, ready, NULL);
 }
 
 /* ---- blocking callers ---- */
@@ -188,9 +199,9 @@ static void sleeper_ready(struct parked *parked, int status)
 }
 
 int parked_wait(struct ob_engine *engine, int (*attempt)(void *argument),
-                void (*want)(void *argument, struct parked *parked), void *argument)
+                void (*want)(void *argument, struct parked *parked), void *argument, const atomic_int *ending)
 {
-	struct sleeper sleeper = { .parked = { .ready = sleeper_ready } };
+	struct sleeper sleeper = { .parked = { .ready = sleeper_ready, .ending = ending } };
 	int status = attempt(argument);
 
 	if (status != -EAGAIN)
@@ -203,7 +214,7 @@ int parked_wait(struct ob_engine *engine, int (*attempt)(void *argument),
 		while (sem_wait(&sleeper.wake))
 			; /* a signal */
 		if (sleeper.status == -ESHUTDOWN)
-			status = status_set(ESHUTDOWN, "read: the engine is stopping");
+			status = status_set(ESHUTDOWN, "read: nobody waits any more");
 		else if (sleeper.status)
 			status = status_set(-sleeper.status, "read: the source did not deliver in time: errno %d", -sleeper.status);
 		else

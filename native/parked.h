@@ -6,6 +6,7 @@
 #ifndef OB_PARKED_H
 #define OB_PARKED_H
 
+#include <stdatomic.h>
 #include <stdint.h>
 #include <sys/queue.h>
 
@@ -19,6 +20,7 @@ struct parked {
 	/* Called once per parked_begin(), with no lock held, on whatever thread ended the
 	 * wait (maybe inside parked_end()). status 0: try again; else -errno, final. */
 	void (*ready)(struct parked *parked, int status);
+	const atomic_int *ending;       /* NULL, or once it is set no wait begins, and parked_end_waits() ends them: ESHUTDOWN */
 	struct ob_engine *engine;
 
 	/* private to parked.c, guarded by the queue's lock */
@@ -38,7 +40,9 @@ void parked_end(struct parked *parked);
 /* Blocking form for callers that own a thread: attempt() until it no longer says
  * -EAGAIN; want() names what it misses. Returns what attempt() or the wait returned. */
 int parked_wait(struct ob_engine *engine, int (*attempt)(void *argument),
-                void (*want)(void *argument, struct parked *parked), void *argument);
+                void (*want)(void *argument, struct parked *parked), void *argument, const atomic_int *ending);
+/* Sets it, and ends the waits that name it. */
+void parked_end_waits(struct ob_engine *engine, atomic_int *ending);
 
 /* ---- the queue's lock is held ---- */
 
@@ -52,8 +56,8 @@ void parked_settle(struct ob_blob *blob, struct parked **ready);
 /* The same for one fetch; with a failure, every wait on it ends with that -errno, and with
  * -EAGAIN well: what is still missing is in another fetch by now, or on its way to disk. */
 void parked_settle_fetch(struct fetch *fetch, int failure, struct parked **ready);
-/* The engine stops: everybody's wait ends with ESHUTDOWN. */
-void parked_dismiss(struct ob_engine *engine, struct parked **ready);
+/* Waits end with ESHUTDOWN: those that name `ending`, or with NULL, when the engine stops, all. */
+void parked_dismiss(struct ob_engine *engine, const atomic_int *ending, struct parked **ready);
 
 /* ---- no lock held ---- */
 

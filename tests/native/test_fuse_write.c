@@ -206,11 +206,62 @@ static void test_a_read_only_file_stays_so(void)
 	close_session(&session);
 }
 
+/* Over a layer that never comes. */
+static void open_over_missing(struct session *session, ob_blob **blob)
+{
+	static const uint8_t head[HEAD];
+	ob_blob_config missing = { .id = 1, .size = DISK, .table_offset = 4096, .policy = OB_POLICY_HANG };
+	ob_fuse_config config = { .id = 7, .threads = 2, .slots = 4 };
+	ob_layer layer = { .kind = OB_LAYER_FLAT };
+	int data = memory_fd("", 0), map = memory_fd("", 0), pair[2];
+
+	session->engine = memory_engine();
+	CHECK(ob_blob_open_cached(session->engine, data, map, &missing, blob) == 0);
+	CHECK(ob_file_open_raw(*blob, 0, DISK, &layer.file) == 0);
+	layer.index = layer.file;
+	CHECK(ob_image_open(session->engine, &layer, 1, DISK, &session->image) == 0);
+	ob_file_close(layer.file);
+	close(data);
+	close(map);
+	session->data = memory_fd(head, HEAD);
+	session->index = memory_fd(head, HEAD);
+	CHECK(ob_image_open_upper(session->image, session->data, session->index) == 0);
+	CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) == 0);
+	session->kernel = pair[0];
+	session->memfd = memfd_create("test-fuse", MFD_CLOEXEC);
+	CHECK(ob_fuse_start(session->image, pair[1], session->memfd, &config, &session->fuse) == 0);
+	close(pair[1]);
+}
+
+static void test_a_write_that_waits_for_its_sector_ends_with_the_session(void)
+{
+	struct { struct fuse_in_header head; struct fuse_write_in in; uint8_t bytes[10]; } request = {
+		.head = { .len = sizeof(request.head) + sizeof(request.in) + 10, .opcode = FUSE_WRITE, .unique = 2, .nodeid = 1 },
+		.in = { .offset = 5, .size = 10 },
+	};
+	struct session session;
+	ob_blob_stat stat = { 0 };
+	ob_blob *blob;
+
+	open_over_missing(&session, &blob);
+	CHECK(write(session.kernel, &request, request.head.len) == request.head.len);
+	while (!stat.misses) {
+		usleep(1000);
+		ob_blob_get_stat(blob, &stat);
+	}
+	ob_fuse_close(session.fuse);
+	session.fuse = NULL;
+	CHECK(read(session.kernel, &answer, sizeof(answer)) > 0 && answer.head.unique == 2 && answer.head.error == -EIO);
+	ob_blob_close(blob);
+	close_session(&session);
+}
+
 int main(void)
 {
 	test_what_is_written_anywhere_is_read();
 	test_fsync_and_synchronous_writes_make_it_last();
 	test_what_cannot_be_is_refused();
 	test_a_read_only_file_stays_so();
+	test_a_write_that_waits_for_its_sector_ends_with_the_session();
 	return 0;
 }
