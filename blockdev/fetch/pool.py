@@ -171,6 +171,7 @@ class Pool:
         if wait:
             fetch.finish(errno.EAGAIN, retry=wait)
             return
+        failed = self._failing.get(fetch.blob_id)
         try:
             self._read(fetch, source)
         except EngineStopped:
@@ -188,8 +189,7 @@ class Pool:
             fetch.finish(errno.EIO)
         else:
             self._backoff.succeeded(source.host)
-            if self._failing.pop(fetch.blob_id, None) is not None:
-                log.info("source delivers again source=%s", source.name)
+            self._note_success(fetch, source.name, failed)
             fetch.finish()
 
     def _pause(self, supply: _Supply, error: BlockdevError) -> float:
@@ -230,6 +230,16 @@ class Pool:
             fetch.attempt,
             error,
         )
+
+    def _note_success(self, fetch: Fetch, name: str, failed: BlockdevError | None) -> None:
+        """`failed` had, when this fetch began, and is over. A later failure may be that of a reader who had this one's
+        bytes long ago."""
+        with self._changed:
+            again = failed is not None and self._failing.get(fetch.blob_id) is failed
+            if again:
+                del self._failing[fetch.blob_id]
+        if again:
+            log.info("source delivers again source=%s", name)
 
     # ---- probe ----
 

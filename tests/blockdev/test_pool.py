@@ -192,6 +192,25 @@ def test_why_a_blob_fails_can_be_asked(bench: Bench) -> None:
     assert str(bench.pool.failure(bench.entry.id)) == "read: memory: no such blob"
 
 
+def test_a_fetch_that_ends_late_takes_no_later_failure_back(bench: Bench) -> None:
+    whole, late = bench.source.read_into, threading.Event()
+
+    def linger(offset, buffer, *, deadline, progress):  # type: ignore[no-untyped-def]
+        bench.source.read_into = whole  # type: ignore[method-assign]
+        whole(offset, buffer, deadline=deadline, progress=progress)
+        late.wait(WAIT)
+
+    bench.source.read_into = linger  # type: ignore[method-assign]
+    assert bench.entry.blob.read_at(0, 10) == CONTENT[:10]
+    bench.source.failures.append(NotFound("read: memory: no such blob"))
+    with pytest.raises(SourceError):
+        bench.entry.blob.read_at(EXTENT, 10)
+    late.set()
+    bench.engine.stop()
+    assert bench.pool.join(WAIT)
+    assert str(bench.pool.failure(bench.entry.id)) == "read: memory: no such blob"
+
+
 def test_a_blob_that_is_down_is_probed_and_comes_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "PROBE_INTERVAL", 0.01)
     bench.entry.blob.set_policy(Policy("eio", 0.1))
