@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from blockdev import entryfiles, staging
@@ -24,6 +25,7 @@ from blockdev.entryfiles import EntryFiles, Found
 from blockdev.errors import CorruptImage, DeviceError, EngineError, from_os
 from blockdev.openentry import DROP_ROUNDS, OpenEntry, User
 from blockdev.scan import is_bad
+from blockdev.source import Offer
 from blockdev.units import UNIT_EXTENTS, Units
 from blockdev.whose import OfAnother, Word, check_size
 from formats import presence
@@ -93,6 +95,11 @@ class Entry:
     def claim(self) -> Callable[[Sequence[Word]], None]:
         """To be called with the words on which parts come from now on, and which say the same of them."""
         return self._state.claim
+
+    @property
+    def offer(self) -> Offer:
+        """For bytes that came unasked, on its word."""
+        return partial(self._state.offer, self.word)
 
     def trust(self, load: Callable[[Units], Table]) -> None:
         """Before its first use: have all that is here checked, if it was not held against the table when it came.

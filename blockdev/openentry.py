@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from blockdev import entryfiles, whose
 from blockdev.config import Policy
@@ -114,7 +115,8 @@ class OpenEntry:
         return next((units for units in in_use if units and wanted(units)), None)
 
     def _units(self, place: Place) -> Units:
-        return Units(self.digest, place, self.blob, self.files.read, self.files.folder)
+        offer = partial(self.offer, Word(table=place.digest))
+        return Units(self.digest, place, offer, self.files.read, self.files.folder)
 
     def join(self) -> User:
         """One more, who brings no bytes, and does not wait for any."""
@@ -162,6 +164,12 @@ class OpenEntry:
             head = whose.brought(self.files.head, words, was_verified=self._sealed is not None)
             if head != self.files.head:
                 self.files.write_words(head.table, head.repository)
+
+    def offer(self, word: Word, offset: int, content: memoryview) -> int:
+        """As Blob.offer(), for what came unasked on this word: kept if all its users take parts on it."""
+        with self._claiming:
+            alone = self.words == [word]
+        return self.blob.offer(offset, content) if alone else 0
 
     def close(self) -> None:
         """Once. A fetch may still be in hand, or a request wait: the blob's end is final for these."""

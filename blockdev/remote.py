@@ -30,9 +30,10 @@ from blockdev.layer import NamedBlob
 from blockdev.origin import BlockLayer, Part, block_layers, own_platform
 from blockdev.registry.client import Client
 from blockdev.registry.credentials import Provider
+from blockdev.source import Offer
 from blockdev.source.blob import RegistryBlob
 from blockdev.source.retrying import patiently
-from blockdev.supply import Into, Supply
+from blockdev.supply import Supply
 from formats.errors import FormatError
 from formats.oci import DOCUMENT_SIZE_MAX, Descriptor, Index, Manifest, Reference, parse_manifest
 
@@ -153,8 +154,8 @@ class Remotes:
     ) -> NamedBlob:
         """A blob that fills from a repository."""
 
-        def source_of(into: Into, undo: ExitStack) -> RegistryBlob:
-            return _source(client, place, layer, into, undo)
+        def source_of(offer: Offer, undo: ExitStack) -> RegistryBlob:
+            return _source(client, place, layer, offer, undo)
 
         digest, size, table = layer
         return self._supply.open(digest, size, policy, source_of, undo, table, place.key, caller.sleep)
@@ -164,7 +165,7 @@ class Remotes:
         asked = Access.from_wire(access)
         asked = replace(asked, plain_http=place.plain_http)
         layer = BlockLayer(blob.name, blob.blob.size)
-        return _source(self.client(place.registry, asked, undo), place, layer, blob.blob, undo)
+        return _source(self.client(place.registry, asked, undo), place, layer, blob.blob.store, undo)
 
     # ---- documents ----
 
@@ -235,8 +236,8 @@ class Remotes:
                 log.warning("config not kept image=%s: %s", reference, error)
 
 
-def _source(client: Client, place: Place, layer: BlockLayer, into: Into, undo: ExitStack) -> RegistryBlob:
-    source = RegistryBlob(client, place.repository, layer.digest, layer.size, into.store)
+def _source(client: Client, place: Place, layer: BlockLayer, offer: Offer, undo: ExitStack) -> RegistryBlob:
+    source = RegistryBlob(client, place.repository, layer.digest, layer.size, offer)
     undo.callback(source.close)
     return source
 

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol
 
 from blockdev.cache import Cache, Entry
 from blockdev.config import Policy
@@ -26,7 +25,7 @@ from blockdev.errors import BlockdevError, EngineError
 from blockdev.fetch.pool import Pool
 from blockdev.layer import CRC_ONLY, SHA256, NamedBlob
 from blockdev.registry.backoff import Backoff
-from blockdev.source import Source
+from blockdev.source import Offer, Source
 from blockdev.source.retrying import Retrying
 from blockdev.source.several import Several
 from blockdev.units import Checked, Units
@@ -38,14 +37,7 @@ PATIENCE = 60.0  # seconds for a digest table that must come before anything els
 
 log = logging.getLogger(__name__)
 
-
-class Into(Protocol):
-    """Who takes bytes of a blob that nobody asked for."""
-
-    def store(self, offset: int, content: memoryview) -> int: ...
-
-
-SourceOf = Callable[[Into, ExitStack], Source]
+SourceOf = Callable[[Offer, ExitStack], Source]
 
 
 @dataclass
@@ -54,17 +46,6 @@ class _Open:
 
     blob: Blob
     sources: Several[Word]
-
-
-@dataclass(frozen=True)
-class _Spill:
-    """What came unasked from one source: kept where that one is believed by all."""
-
-    sources: Several[Word]
-    into: Blob | Units
-
-    def store(self, offset: int, content: memoryview) -> int:
-        return 0 if self.sources.mixed else self.into.offer(offset, content)
 
 
 class Supply:
@@ -91,8 +72,8 @@ class Supply:
         repository: str = "",
         sleep: Callable[[float], object] = time.sleep,
     ) -> NamedBlob:
-        """The blob with this digest; `undo` gives it back. source_of(into, undo) says where its bytes
-        come from, and puts what came unasked into `into`. Those who share a blob share their sources: whichever
+        """The blob with this digest; `undo` gives it back. source_of(offer, undo) says where its bytes
+        come from, and offers what came unasked. Those who share a blob share their sources: whichever
         delivers. Of their policies, the most patient one rules.
 
         place: of the table that all of it is held against. If something is here already that was not, this waits
@@ -105,7 +86,7 @@ class Supply:
             units = entry.units
             try:
                 self._check_room(units)
-                origin = source_of(_Spill(opened.sources, units or entry.blob), undo)
+                origin = source_of(units.offer if units else entry.offer, undo)
                 source = Checked(origin, units) if units else origin
             except BaseException:
                 entry.close()

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from blockdev.early import Early
-from blockdev.engine import Blob, Fetch
+from blockdev.engine import Fetch
 from blockdev.errors import BlockdevError, CorruptImage, SourceError
-from blockdev.source import PROGRESS_SIZE, Altered, Source, Spilled
+from blockdev.source import PROGRESS_SIZE, Altered, Offer, Source, Spilled
 from formats import presence
 from formats.digests import UNIT, Place, Table
 from formats.errors import FormatError
@@ -40,12 +40,13 @@ ReadHere = Callable[[int, int], bytes]  # what the cache's file holds at an offs
 class Units:
     """The parts of one blob that its table speaks of. Thread-safe."""
 
-    def __init__(self, digest: str, place: Place, blob: Blob, here: ReadHere, folder: Path) -> None:
-        """`folder`: where there is room for what comes before the table."""
+    def __init__(self, digest: str, place: Place, offer: Offer, here: ReadHere, folder: Path) -> None:
+        """offer() takes what is right and was not asked for. `folder`: where there is room for what comes before the
+        table."""
         self.place = place
         self.mismatches = 0  # units that came wrong
         self._digest = digest
-        self._blob = blob
+        self._keep = offer
         self._here = here
         self._folder = folder
         self._early: Early | None = None  # while the table is fetched
@@ -139,8 +140,7 @@ class Units:
     # ---- units ----
 
     def offer(self, offset: int, content: memoryview) -> int:
-        """As Blob.offer(), for bytes that came unasked: what is no whole and right unit is not kept. Before there is a
-        table, they are kept for it."""
+        """An Offer: what is no whole and right unit is not kept. Before there is a table, all is kept for it."""
         if self._table:
             return self._offer(self._table, offset, content)
         if early := self._early:
@@ -153,14 +153,14 @@ class Units:
             start, length = table.span(unit)
             piece = content[max(0, start - offset) :][:length]
             if start >= offset and table.matches(unit, piece):
-                stored += self._blob.offer(start, piece)
+                stored += self._keep(start, piece)
             elif start >= offset and len(piece) == length:
                 self.wrong(unit)
         return stored
 
     def keep(self, unit: int, content: memoryview) -> None:
         """A unit that has been found right, and that the fetch it came with cannot hand over."""
-        self._blob.offer(unit * UNIT, content)
+        self._keep(unit * UNIT, content)
 
     def right(self, unit: int) -> None:
         """A unit came as it should."""

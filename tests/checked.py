@@ -79,7 +79,7 @@ class Bench:
             DIGEST,
             len(BLOB),
             Policy("eio", WAIT),
-            lambda into, undo: RegistryBlob(self.client, "app", DIGEST, len(BLOB), into.store),
+            lambda offer, undo: RegistryBlob(self.client, "app", DIGEST, len(BLOB), offer),
             undo,
             place,
         )

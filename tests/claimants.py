@@ -61,7 +61,7 @@ class Bench:
         of = of or (THERE if source is self.evil else HERE)
         policy = policy or Policy("eio", WAIT)
         self.catalog.note_place(of, [DIGEST])
-        return self.supply.open(DIGEST, size, policy, lambda into, undo: source, undo, place, of.key)
+        return self.supply.open(DIGEST, size, policy, lambda offer, undo: source, undo, place, of.key)
 
     def read(self, source: MemorySource, place: Place | None = None, length: int = SIZE) -> bytes:
         """What an image of the source's repository reads that is mounted for it."""

@@ -11,6 +11,8 @@ from blockdev.errors import SourceError
 
 PROGRESS_SIZE = 64 << 10  # bytes between two calls of `progress`, at the least: the cache's extent
 
+Offer = Callable[[int, memoryview], int]  # takes bytes at an offset that nobody asked for: how many extents it kept
+
 
 class Source(Protocol):
     """One immutable blob, by offset. Thread-safe. A short read is an error, never a result."""

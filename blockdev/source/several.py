@@ -66,11 +66,6 @@ class Several(Generic[Word]):
         return leave
 
     @property
-    def mixed(self) -> bool:
-        """Whether no source alone is believed by all."""
-        return len({user.word for user in self._users}) > 1
-
-    @property
     def hosts(self) -> set[str]:
         """All that its users' sources ask."""
         return {user.source.host for user in self._users}

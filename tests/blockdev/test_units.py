@@ -180,7 +180,7 @@ def test_a_table_that_another_reads_stream_has_brought_is_taken(bench: Bench, un
     origin = RegistryBlob(bench.client, "app", DIGEST, len(BLOB), blob.store)
     deadline = time.monotonic() + WAIT
     found: list[Table] = []
-    other = units.Units(DIGEST, PLACE, blob, here, bench.blobs)
+    other = units.Units(DIGEST, PLACE, blob.offer, here, bench.blobs)
     reader = threading.Thread(target=read)
     loader = threading.Thread(target=lambda: found.append(other.load(origin, deadline)))
     reader.start()

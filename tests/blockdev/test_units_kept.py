@@ -65,7 +65,7 @@ def test_nothing_is_served_unchecked_when_the_table_cannot_be_had(tmp_path: Path
             DIGEST,
             len(BLOB),
             Policy("eio", 0.2),
-            lambda into, undo: RegistryBlob(bench.client, "app", DIGEST, len(BLOB), into.store),
+            lambda offer, undo: RegistryBlob(bench.client, "app", DIGEST, len(BLOB), offer),
             opening,
             PLACE,
         )
@@ -80,7 +80,7 @@ def test_an_opening_that_waits_for_its_table_ends_with_who_waits_for_it(bench: B
             DIGEST,
             len(BLOB),
             Policy("hang"),
-            lambda into, undo: RegistryBlob(bench.client, "app", DIGEST, len(BLOB), into.store),
+            lambda offer, undo: RegistryBlob(bench.client, "app", DIGEST, len(BLOB), offer),
             opening,
             PLACE,
             sleep=Caller(print, lambda: True).sleep,

@@ -141,6 +141,19 @@ def test_what_rots_under_two_who_differ_is_nobodys(bench: Bench, undo: ExitStack
     assert good.read_at(EXTENT_SIZE, EXTENT_SIZE) == GOOD[EXTENT_SIZE : 2 * EXTENT_SIZE]
 
 
+def test_what_one_table_alone_vouches_for_is_not_kept_for_others(bench: Bench, undo: ExitStack, tmp_path: Path) -> None:
+    bench.adopt(tmp_path)
+    good = bench.open(undo, bench.good, policy=Policy("eio", 0.1)).blob
+    with ExitStack() as second:
+        bench.open(second, bench.evil, EVIL_TABLE, policy=Policy("eio", 0.1))
+        assert good.drop(0, SIZE) == -(-SIZE // EXTENT_SIZE)
+        with pytest.raises(SourceError):
+            good.read_at(0, SIZE)
+    good.settle()
+    good.healthy()
+    assert good.read_at(0, SIZE) == GOOD
+
+
 def test_who_has_a_table_takes_what_rots_by_it_whoever_opened_the_blob(
     bench: Bench, undo: ExitStack, tmp_path: Path
 ) -> None:

@@ -74,7 +74,7 @@ class Bench:
             digest,
             size,
             Policy("eio", WAIT),
-            lambda blob, undo: RegistryBlob(self.client, "app", digest, size, blob.store),
+            lambda offer, undo: RegistryBlob(self.client, "app", digest, size, offer),
             undo,
         )
 
