@@ -39,6 +39,11 @@ _TOKEN_USER = "<token>"  # a helper's way to say that the secret is an identity 
 _NOT_FOUND = "credentials not found in native keychain"  # the helper protocol's words for "none"
 
 
+class LoginUnknown(SourceError):
+    """What to log in with cannot be had now, which says nothing of the registry, nor of others' logins. `host`: where
+    it was asked for."""
+
+
 @dataclass(frozen=True)
 class Credential:
     """A login. With an identity token, that is exchanged for tokens and the password is not used."""
@@ -91,7 +96,7 @@ class Provider:
         """Credentials for a repository, best first: the host's helper, the store, then stored logins.
 
         Looks anew at every call, and only as far as the caller iterates. AccessDenied if a file or a
-        helper cannot be used: going on without would be somebody else's login, or none. SourceError if
+        helper cannot be used: going on without would be somebody else's login, or none. LoginUnknown if
         a helper fails: what it asks for us may be back soon, so readers wait as their policy says.
         """
         for path in self.files:
@@ -125,22 +130,22 @@ class Provider:
         try:
             status, output = _run([found, "get"], server.encode(), dict(self.environment))
         except TimeoutError:
-            raise SourceError(f"{failed}: no answer within {HELPER_SECONDS:g} s") from None
+            raise LoginUnknown(f"{failed}: no answer within {HELPER_SECONDS:g} s", host=program) from None
         except OSError as error:
-            raise _refusal(failed, error) from None
+            raise _refusal(failed, error, program) from None
         if len(output) > HELPER_OUTPUT_MAX:
             raise AccessDenied(f"{failed}: its answer has more than {HELPER_OUTPUT_MAX} bytes")
         if status != 0:
             if output.strip().decode(errors="replace") == _NOT_FOUND:
                 return None
-            raise SourceError(f"{failed}: it ended with status {status}")
+            raise LoginUnknown(f"{failed}: it ended with status {status}", host=program)
         return _answer(output, failed)
 
 
-def _refusal(failed: str, error: OSError) -> BlockdevError:
+def _refusal(failed: str, error: OSError, asked: str) -> BlockdevError:
     """A system call's failure: what this machine is short of now, it may have again."""
-    kind = SourceError if shortage(error) else AccessDenied
-    return kind(f"{failed}: {error.strerror}")
+    text = f"{failed}: {error.strerror}"
+    return LoginUnknown(text, host=asked) if shortage(error) else AccessDenied(text)
 
 
 def _run(command: list[str], told: bytes, environment: dict[str, str]) -> tuple[int, bytes]:
@@ -212,7 +217,7 @@ def _read(path: str, *, required: bool) -> dict[str, Any]:
             raise AccessDenied(f"{failed}: no such file") from None
         return {}
     except OSError as error:
-        raise _refusal(failed, error) from None
+        raise _refusal(failed, error, path) from None
     if len(content) > FILE_SIZE_MAX:
         raise AccessDenied(f"{failed}: larger than {FILE_SIZE_MAX} bytes")
     config = None

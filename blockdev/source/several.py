@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 from blockdev.engine import EngineStopped, Fetch
 from blockdev.errors import BlockdevError, CorruptImage
 from blockdev.registry.backoff import Backoff, LeftAlone
+from blockdev.registry.credentials import LoginUnknown
 from blockdev.source import Source, Spilled
 
 log = logging.getLogger(__name__)
@@ -161,18 +162,19 @@ class Several(Generic[Word]):
         others = [other for other in self._users if other is not user and other.word == user.word]
         if not others:
             return
-        if not error.retriable:
+        his = not error.retriable or isinstance(error, LoginUnknown)  # others are let in where he is not
+        if his:
             user.refused_until = time.monotonic() + REFUSED_DELAY
         self._to_end(user)
-        host = user.source.host if error.retriable else ""  # others of an ill host are ill
+        host = "" if his else user.source.host  # others of an ill host are ill
         usable = [other for other in others if self._usable(other) and other.source.host != host]
         later = [other for other in others if other.refused_until <= time.monotonic()]
         if usable:
-            if error.retriable and not isinstance(error, LeftAlone):
+            if host and not isinstance(error, LeftAlone):
                 self._backoff.failed(host, error)
             log.warning("source left for another source=%s: %s", user.source.name, error)
             raise AskAnother(str(error), delay=_AT_ONCE) from error
-        if later and not error.retriable:
+        if later and his:
             wait = min(self._backoff.waiting(other.source.host) for other in later)
             raise AskAnother(str(error), delay=max(wait, _AT_ONCE)) from error
         if host:

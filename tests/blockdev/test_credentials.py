@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from blockdev.errors import AccessDenied, BlockdevError, SourceError
+from blockdev.errors import AccessDenied, BlockdevError
 from blockdev.registry import credentials
-from blockdev.registry.credentials import Credential, Provider
+from blockdev.registry.credentials import Credential, LoginUnknown, Provider
 
 SECRET = "Pa55:word"
 
@@ -207,13 +207,13 @@ def test_a_helper_that_answers_wrongly_is_named_and_not_quoted(folder: Path, scr
 def test_a_helper_that_fails_may_work_again(folder: Path) -> None:
     """What it asks for us may be down for a while: readers wait as their policy says."""
     helper(folder, "bad", f"echo {SECRET}; echo {SECRET} >&2; exit 3")
-    message = denied(write(folder, {"credsStore": "bad"}), SourceError)
+    message = denied(write(folder, {"credsStore": "bad"}), LoginUnknown)
     assert "docker-credential-bad" in message
     assert "status 3" in message
 
 
 @pytest.mark.parametrize(
-    ("number", "kind"), [(errno.EMFILE, SourceError), (errno.ENOMEM, SourceError), (errno.EACCES, AccessDenied)]
+    ("number", "kind"), [(errno.EMFILE, LoginUnknown), (errno.ENOMEM, LoginUnknown), (errno.EACCES, AccessDenied)]
 )
 def test_what_this_machine_is_short_of_now_denies_nobody(
     folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[BlockdevError]
@@ -235,7 +235,7 @@ def test_a_helper_that_hangs_is_ended(folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(credentials, "HELPER_SECONDS", 0.2)
     helper(folder, "slow", "exec sleep 60")
     begin = time.monotonic()
-    assert "no answer within 0.2 s" in denied(write(folder, {"credsStore": "slow"}), SourceError)
+    assert "no answer within 0.2 s" in denied(write(folder, {"credsStore": "slow"}), LoginUnknown)
     assert time.monotonic() - begin < 5
 
 
@@ -244,7 +244,7 @@ def test_what_a_helper_that_hangs_has_started_is_ended_with_it(folder: Path, mon
     os.mkfifo(folder / "life")
     life = os.open(folder / "life", os.O_RDONLY | os.O_NONBLOCK)
     helper(folder, "slow", f"exec 3> {folder}/life; sleep 60 &")
-    assert "no answer within 0.5 s" in denied(write(folder, {"credsStore": "slow"}), SourceError)
+    assert "no answer within 0.5 s" in denied(write(folder, {"credsStore": "slow"}), LoginUnknown)
     ended = select.poll()
     ended.register(life, 0)  # its end is always told
     assert ended.poll(20_000)

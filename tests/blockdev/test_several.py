@@ -14,6 +14,7 @@ from blockdev.config import Policy
 from blockdev.engine import Blob
 from blockdev.errors import AccessDenied, NotFound, SourceError
 from blockdev.layer import CRC_ONLY, SHA256
+from blockdev.registry.credentials import LoginUnknown
 from formats.digests import UNIT, Place
 from tests.claimants import GOOD, SIZE, TABLE, WAIT, Bench
 from tests.commands import until
@@ -101,6 +102,17 @@ def test_one_that_was_denied_does_not_speak_for_who_joins(bench: Bench, undo: Ex
     named = bench.open(undo, MemorySource(GOOD, bench.good.host))
     assert named.blob.read_at(0, 10) == GOOD[:10]
     assert until(lambda: bench.supply.why([named]) is None)
+
+
+def test_one_whose_credentials_cannot_be_had_does_not_speak_for_others_of_the_host(
+    bench: Bench, undo: ExitStack
+) -> None:
+    error = LoginUnknown("asking docker-credential-x for credentials failed", host="docker-credential-x")
+    bench.good.failures.extend([error] * 1000)
+    blob = bench.open(undo, bench.good).blob
+    bench.open(undo, MemorySource(GOOD, bench.good.host))
+    assert blob.read_at(0, 10) == GOOD[:10]
+    assert not bench.supply.backoff.waiting(bench.good.host)
 
 
 # ---- policies -------------------------------------------------------------------------------------------
