@@ -182,8 +182,10 @@ class Pool:
             self._note_failure(fetch, source.name, error)
             fetch.finish(errno.EAGAIN, retry=error.seconds)
         except BlockdevError as error:
-            self._note_failure(fetch, source.name, error)
-            fetch.finish(errno.EIO, retry=self._pause(supply, error))
+            if self._note_failure(fetch, source.name, error):
+                fetch.finish(errno.EIO, retry=self._pause(supply, error))
+            else:
+                fetch.finish(errno.ESHUTDOWN)
         except Exception as error:  # noqa: BLE001 - a fetch that is not given back hangs its readers
             _log_defect("fetch", source.name, error)
             fetch.finish(errno.EIO)
@@ -212,8 +214,9 @@ class Pool:
         if not source.fill(fetch, deadline):
             source.read_into(fetch.offset, fetch.buffer, deadline=deadline, progress=progress)
 
-    def _note_failure(self, fetch: Fetch, name: str, error: BlockdevError) -> None:
-        """The first failure of a blob is news, the following are not; nor is one of a blob that has been closed."""
+    def _note_failure(self, fetch: Fetch, name: str, error: BlockdevError) -> bool:
+        """The first failure of a blob is news, the following are not. False: the blob has been closed, and its source
+        was ended for that."""
         with self._changed:
             known = fetch.blob_id in self._supplies
             first = known and fetch.blob_id not in self._failing
@@ -230,6 +233,7 @@ class Pool:
             fetch.attempt,
             error,
         )
+        return known
 
     def _note_success(self, fetch: Fetch, name: str, failed: BlockdevError | None) -> None:
         """`failed` had, when this fetch began, and is over. A later failure may be that of a reader who had this one's

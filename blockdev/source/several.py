@@ -159,6 +159,8 @@ class Several(Generic[Word]):
 
     def _pass_on(self, user: _User[Word], error: BlockdevError) -> None:
         """AskAnother, if a source that is believed as much as the one that failed is not known to fail too."""
+        if user not in self._users:  # it was ended because he has left
+            raise AskAnother(str(error), delay=_AT_ONCE) from error
         others = [other for other in self._users if other is not user and other.word == user.word]
         if not others:
             return

@@ -185,6 +185,18 @@ def test_a_failing_blob_is_news_once(bench: Bench, caplog: pytest.LogCaptureFixt
     assert bench.pool.failure(bench.entry.id) is None
 
 
+def test_a_source_that_ends_with_its_blob_has_not_failed(bench: Bench) -> None:
+    bench.source.gate.clear()
+    bench.entry.blob.prefetch(0, 10, Priority.PREFETCH)
+    _await(lambda: bench.source.reads)
+    bench.pool.detach(bench.entry.id)
+    bench.source.failures.append(SourceError("read: memory: it is being closed"))
+    bench.source.gate.set()
+    bench.engine.stop()
+    assert bench.pool.join(WAIT)
+    assert bench.pool._backoff.waiting(bench.source.host) == 0
+
+
 def test_why_a_blob_fails_can_be_asked(bench: Bench) -> None:
     bench.source.failures.append(NotFound("read: memory: no such blob"))
     with pytest.raises(SourceError):

@@ -66,6 +66,26 @@ def test_when_the_one_that_works_leaves_the_other_fails_by_its_policy(bench: Ben
     assert "404" in bench.supply.failure(1)[1]
 
 
+def test_a_source_that_ends_with_its_user_harms_nobody(
+    bench: Bench, undo: ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = MemorySource(GOOD, bench.good.host)
+    with ExitStack() as first:
+        blob = bench.open(first, bench.good).blob
+        bench.open(undo, other)
+        bench.good.gate.clear()
+        found: list[bytes] = []
+        reader = threading.Thread(target=lambda: found.append(blob.read_at(0, 10)))
+        reader.start()
+        assert until(lambda: bool(bench.good.reads))
+    bench.good.failures.append(SourceError("reading a blob failed: good: it is being closed"))
+    bench.good.gate.set()
+    reader.join(WAIT)
+    assert found == [GOOD[:10]]
+    assert len(other.reads) == 1
+    assert not caplog.records
+
+
 def down(bench: Bench, undo: ExitStack) -> Blob:
     """A blob whose source has been given up."""
     bench.good.well = False
