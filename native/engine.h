@@ -2,7 +2,9 @@
  * engine.h: what outlives every blob and image: threads, the fetch queue, events.
  *
  * Lock order, outer first: fetch queue -> work queue. Nobody holds one of
- * them while doing I/O, calling complete() or ready(), or waiting for Python.
+ * them while calling complete() or ready(), or waiting for Python. Nor while doing I/O, but
+ * for whoever takes an extent away: until its readers have let go of it, its entry in the map
+ * is cleared and its bytes are gone, nobody may want it (cache.c).
  */
 #ifndef OB_ENGINE_H
 #define OB_ENGINE_H

@@ -275,7 +275,8 @@ int ob_image_read(ob_image *image, uint64_t offset, void *buffer, uint64_t lengt
 int ob_image_write(ob_image *image, uint64_t offset, const void *buffer, uint64_t length);
 /* As a write of zeros, without the zeros. */
 int ob_image_zero(ob_image *image, uint64_t offset, uint64_t length);
-/* Waits for the disk. A failure other than -ENOSPC is final: no write succeeds after it. */
+/* Waits for the disk. A sync that fails is final: no write succeeds after it. Whatever fails before that (-ENOSPC, a
+ * disk that refuses to be written) loses nothing, and may be tried again. */
 int ob_image_flush(ob_image *image);
 
 enum { OB_RUN_HOLE = 0, OB_RUN_ZERO = 1, OB_RUN_DATA = 2 };   /* unmapped, zeroed, stored */
