@@ -331,6 +331,8 @@ static uint32_t fetch_publish(struct fetch *fetch, uint64_t from, uint64_t to, s
 	uint32_t mine = 0;
 	struct fetch *other;
 
+	if (to <= from)
+		return 0;
 	for (uint64_t i = from; i < to; i++) {
 		blob->fetched_bytes += extent_length(blob, fetch->first + i);
 		if (extent_kind(blob, fetch->first + i) != EXTENT_FETCHING)
@@ -346,7 +348,7 @@ static uint32_t fetch_publish(struct fetch *fetch, uint64_t from, uint64_t to, s
 		parked_settle_fetch(other, 0, ready);
 	}
 	fetch->resident |= mine;
-	fetch->published = max_u64(from, to);
+	fetch->published = to;
 	return mine;
 }
 
