@@ -80,8 +80,8 @@ def brought(head: Head, words: Sequence[Word], *, was_verified: bool) -> Head:
     What is here its users believe already; but what is nobody's stays so, unless it was verified once.
     """
     nobodys = not (head.table or head.repository)
-    said = {Word(table=head.table), Word() if head.table else Word(repository=head.repository)}
-    if (nobodys and not was_verified) or not said.isdisjoint(words):
+    said = Word(table=head.table) if head.table else Word(repository=head.repository)
+    if (nobodys and not was_verified) or said in words:
         return head
     return replace(head, table=words[0].table, repository=words[0].repository)
 

@@ -96,6 +96,7 @@ def test_what_others_have_open_is_used_by_who_believes_them(
         (OURS, [Word(table="table")], True, replace(NOBODYS, table="table")),
         (HELD, [Word(table="table")], False, HELD),
         (HELD, [Word(repository="us")], False, OURS),
+        (HELD, [Word()], False, NOBODYS),
         (NOBODYS, [Word(table="table")], False, NOBODYS),
         (NOBODYS, [Word(repository="us")], True, OURS),
     ],
