@@ -280,8 +280,8 @@ class Pool:
 
     def _up(self, id: int, supply: _Supply) -> None:
         with self._changed:
-            # Under the lock, detach() has not happened, so the blob is open.
-            if self._supplies.get(id) is supply:
+            # Under the lock, detach() has not happened, so the blob is open; who joined has attached it anew.
+            if id in self._supplies:
                 supply.blob.healthy()
             self._down.discard(id)
         self._backoff.succeeded(supply.source.host)

@@ -243,6 +243,26 @@ def test_a_blob_that_is_down_is_probed_and_comes_back(bench: Bench, monkeypatch:
     assert bench.entry.blob.read_at(EXTENT, 10) == CONTENT[EXTENT : EXTENT + 10]
 
 
+def test_a_blob_that_is_attached_anew_while_it_is_probed_comes_back(bench: Bench) -> None:
+    probing, well = threading.Event(), threading.Event()
+
+    def probe(deadline: float) -> None:
+        probing.set()
+        well.wait(WAIT)
+
+    bench.entry.blob.set_policy(Policy("eio", 0.1))
+    bench.source.well = False
+    with pytest.raises(SourceError):
+        bench.entry.blob.read_at(0, 10)
+    bench.await_event(EventKind.BLOB_DOWN)
+    bench.source.probe = probe  # type: ignore[method-assign]
+    bench.pool.blob_down(bench.entry.id)
+    assert probing.wait(WAIT)
+    bench.pool.attach(bench.entry.id, bench.entry.blob, bench.source)  # as for each image that has the blob
+    well.set()
+    _await(lambda: not bench.entry.blob.stat().down)
+
+
 def test_a_host_that_said_when_to_come_back_is_left_alone_until_then(bench: Bench) -> None:
     bench.source.failures.append(SourceError("read: memory: too many requests", retry_after=1.5))
     start = time.monotonic()
