@@ -19,6 +19,7 @@ from typing import Any
 
 from formats.errors import FormatError
 
+NESTING_MAX = 100  # of a document; those of the specifications have less than ten
 DOCUMENT_SIZE_MAX = 4 << 20  # the distribution specification asks registries for at least this
 SIZE_LIMIT = 1 << 63  # what a file offset can say
 LAYERS_MAX = 4096  # far more than any image; bounds what a 4 MiB document makes us build
@@ -318,9 +319,22 @@ def load(document: bytes, name: str) -> dict[str, Any]:
     if len(document) > DOCUMENT_SIZE_MAX:
         raise FormatError(f"{name} of {len(document)} bytes, at most {DOCUMENT_SIZE_MAX}")
     try:
-        return _object(json.loads(document, parse_float=_number, parse_constant=_number), name)
+        loaded = json.loads(document, parse_float=_number, parse_constant=_number)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{name} is not JSON: {error}") from error
+    if _nesting(loaded) > NESTING_MAX:
+        raise FormatError(f"{name} is nested more than {NESTING_MAX} deep")
+    return _object(loaded, name)
+
+
+def _nesting(value: object) -> int:
+    """How deep objects and lists lie in each other: Python writes less of that than it reads."""
+    depth = 0
+    level = [value]
+    while level := [each for each in level if isinstance(each, dict | list)]:
+        depth += 1
+        level = [child for each in level for child in (each.values() if isinstance(each, dict) else each)]
+    return depth
 
 
 def _number(text: str) -> float:

@@ -95,6 +95,19 @@ def test_an_index_keeps_what_is_not_known_of_it_and_its_entries() -> None:
     assert json.loads(oci.parse_manifest(oci.canonical(document)).build()) == document
 
 
+@pytest.mark.parametrize("deep", [oci.NESTING_MAX, oci.NESTING_MAX + 1, 900, 100_000])
+def test_what_is_nested_too_deep_to_be_written_again_is_refused(deep: int) -> None:
+    index = Index((Descriptor(oci.OCI_MANIFEST, DIGEST, 7, platform=AMD64),)).build()
+    lists = deep - 1  # beside the document itself
+    nested = index[:-1] + b',"x":' + b"[" * lists + b"]" * lists + b"}"
+    if deep > oci.NESTING_MAX:
+        with pytest.raises(FormatError):
+            oci.parse_manifest(nested)
+    else:
+        parsed = oci.parse_manifest(nested)
+        assert oci.parse_manifest(parsed.build()) == parsed
+
+
 def test_built_documents_are_canonical() -> None:
     manifest = Manifest(Descriptor(oci.OCI_CONFIG, DIGEST, 3), ())
     assert (
