@@ -54,26 +54,39 @@ static int call(struct session *session, uint32_t opcode, const void *argument, 
 	return answer.head.error;
 }
 
-static void open_session(struct session *session, int writable)
+/* The files of an upper layer that has nothing yet. */
+static void make_pair(struct session *session)
 {
 	static const uint8_t head[HEAD];
-	ob_fuse_config config = { .id = 7, .threads = 2, .slots = 4 };
-	struct fuse_init_in init = { .major = FUSE_KERNEL_VERSION, .minor = FUSE_KERNEL_MINOR_VERSION, .max_readahead = 1 << 20,
-	                             .flags = FUSE_BIG_WRITES | FUSE_MAX_PAGES | FUSE_ASYNC_DIO };
-	struct fuse_init_out out;
-	int pair[2];
 
-	session->engine = memory_engine();
 	session->data = memory_fd(head, HEAD);
 	session->index = memory_fd(head, HEAD);
-	CHECK(ob_image_open(session->engine, NULL, 0, DISK, &session->image) == 0);
-	if (writable)
-		CHECK(ob_image_open_upper(session->image, session->data, session->index) == 0);
+}
+
+static void start_session(struct session *session)
+{
+	ob_fuse_config config = { .id = 7, .threads = 2, .slots = 4 };
+	int pair[2];
+
 	CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) == 0);
 	session->kernel = pair[0];
 	session->memfd = memfd_create("test-fuse", MFD_CLOEXEC);
 	CHECK(ob_fuse_start(session->image, pair[1], session->memfd, &config, &session->fuse) == 0);
 	close(pair[1]);
+}
+
+static void open_session(struct session *session, int writable)
+{
+	struct fuse_init_in init = { .major = FUSE_KERNEL_VERSION, .minor = FUSE_KERNEL_MINOR_VERSION, .max_readahead = 1 << 20,
+	                             .flags = FUSE_BIG_WRITES | FUSE_MAX_PAGES | FUSE_ASYNC_DIO };
+	struct fuse_init_out out;
+
+	session->engine = memory_engine();
+	make_pair(session);
+	CHECK(ob_image_open(session->engine, NULL, 0, DISK, &session->image) == 0);
+	if (writable)
+		CHECK(ob_image_open_upper(session->image, session->data, session->index) == 0);
+	start_session(session);
 	CHECK(call(session, FUSE_INIT, &init, sizeof(init), NULL, 0) == 0);
 	memcpy(&out, answer.payload, sizeof(out));
 	CHECK(out.max_write == (writable ? WRITE_MAX : 4096) && !(out.flags & FUSE_BIG_WRITES) == !writable);
@@ -209,11 +222,9 @@ static void test_a_read_only_file_stays_so(void)
 /* Over a layer that never comes. */
 static void open_over_missing(struct session *session, ob_blob **blob)
 {
-	static const uint8_t head[HEAD];
 	ob_blob_config missing = { .id = 1, .size = DISK, .table_offset = 4096, .policy = OB_POLICY_HANG };
-	ob_fuse_config config = { .id = 7, .threads = 2, .slots = 4 };
 	ob_layer layer = { .kind = OB_LAYER_FLAT };
-	int data = memory_fd("", 0), map = memory_fd("", 0), pair[2];
+	int data = memory_fd("", 0), map = memory_fd("", 0);
 
 	session->engine = memory_engine();
 	CHECK(ob_blob_open_cached(session->engine, data, map, &missing, blob) == 0);
@@ -223,14 +234,9 @@ static void open_over_missing(struct session *session, ob_blob **blob)
 	ob_file_close(layer.file);
 	close(data);
 	close(map);
-	session->data = memory_fd(head, HEAD);
-	session->index = memory_fd(head, HEAD);
+	make_pair(session);
 	CHECK(ob_image_open_upper(session->image, session->data, session->index) == 0);
-	CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) == 0);
-	session->kernel = pair[0];
-	session->memfd = memfd_create("test-fuse", MFD_CLOEXEC);
-	CHECK(ob_fuse_start(session->image, pair[1], session->memfd, &config, &session->fuse) == 0);
-	close(pair[1]);
+	start_session(session);
 }
 
 static void test_a_write_that_waits_for_its_sector_ends_with_the_session(void)
