@@ -98,6 +98,7 @@ class Client:
         self._reads = random.randrange(3) > 0
         self._received = 0
         self._abrupt = random.randrange(4) == 0
+        self._said_all = False
         sock.setblocking(False)
 
     def advance(self) -> bool:
@@ -105,10 +106,11 @@ class Client:
         try:
             if self._left:
                 self._send()
-                if not self._left and self._abrupt:
+            if not self._left and not self._said_all:  # at once, where its stream is empty
+                if self._abrupt:
                     return False
-                if not self._left:
-                    self.socket.shutdown(socket.SHUT_WR)
+                self.socket.shutdown(socket.SHUT_WR)
+                self._said_all = True
             if self._reads or not self._left:
                 taken = self.socket.recv(65536)
                 self._received += len(taken)
