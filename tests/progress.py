@@ -2,8 +2,9 @@
 """Lets a full run that was cut off go on where it stopped.
 
 A full run takes hours. Every test that passed is noted in build/full/ under a digest of
-the sources; the next full run of the same sources leaves those out. When all have
-passed, the notes are removed and docs/measured/tests-full.json says so.
+the sources, with a digest of its own module; the next full run of the same leaves it out.
+Thus a change of one test module repeats that module's tests, any other change all tests.
+When all have passed, the notes are removed and docs/measured/tests-full.json says so.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ SOURCES = ("blockdev", "formats", "native", "tests")
 
 
 def sources_digest(root: Path) -> str:
+    """Of all that any test may use: everything but the test modules."""
     digest = hashlib.sha256()
     for room in SOURCES:
         for path in sorted((root / room).rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
+            if path.is_file() and "__pycache__" not in path.parts and not path.match("test_*.py"):
                 digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
@@ -36,16 +38,22 @@ class Progress:
         self.root = root
         self.notes = root / "build" / "full" / f"{sources_digest(root)}.passed"
         self.started = time.time()
+        self.modules: dict[str, str] = {}  # node id → digest of the module that has the test
         self.earlier: set[str] = set()
         self.failed: set[str] = set()
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in {item.path for item in items}}
+        self.modules = {item.nodeid: digests[item.path] for item in items}
         if not self.notes.exists():
             return
-        self.earlier = set(self.notes.read_text().splitlines())
-        done = [item for item in items if item.nodeid in self.earlier]
-        config.hook.pytest_deselected(items=done)
+        noted = set(self.notes.read_text().splitlines())
+        self.earlier = {item.nodeid for item in items if self._note(item.nodeid) in noted}
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in self.earlier])
         items[:] = [item for item in items if item.nodeid not in self.earlier]
+
+    def _note(self, nodeid: str) -> str:
+        return f"{self.modules[nodeid]} {nodeid}"
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
@@ -53,7 +61,7 @@ class Progress:
         if report.when == "teardown" and report.passed and report.nodeid not in self.failed:
             self.notes.parent.mkdir(parents=True, exist_ok=True)
             with self.notes.open("a") as notes:
-                notes.write(f"{report.nodeid}\n")
+                notes.write(f"{self._note(report.nodeid)}\n")
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.earlier:
@@ -67,7 +75,7 @@ class Progress:
         measured.parent.mkdir(parents=True, exist_ok=True)
         record = {
             "v": 1,
-            "passed": len(set(self.notes.read_text().splitlines())),
+            "passed": len(self.modules),
             "last_run_seconds": round(time.time() - self.started),
             "sources": self.notes.stem,
             "machine": machine(),

@@ -83,3 +83,13 @@ def test_other_sources_begin_anew(project: Path):
     (project / "native").mkdir()
     (project / "native" / "new.c").touch()
     assert full_run(project) == (0, ["first", "second", "third"])
+
+
+def test_a_changed_module_is_run_again_and_no_other(project: Path):
+    (project / "tests" / "test_before.py").write_text("def test_before():\n    pass\n")
+    assert full_run(project) == (CUT_OFF, ["first", "second"])
+    (project / "power-cut").unlink()
+    with (project / "tests" / "test_before.py").open("a") as module:
+        module.write(f"\n\ndef test_added():\n    open({str(project / 'ran')!r}, 'a').write('added ')\n")
+    assert full_run(project) == (0, ["added", "second", "third"])
+    assert json.loads(measured(project).read_text())["passed"] == 5
