@@ -71,6 +71,8 @@ class Progress:
         # Only a run of everything says that everything passed.
         if session.config.args_source is not pytest.Config.ArgsSource.TESTPATHS or session.config.option.keyword:
             return
+        if session.config.option.collectonly:
+            return
         measured = self.root / "docs" / "measured" / "tests-full.json"
         measured.parent.mkdir(parents=True, exist_ok=True)
         record = {

@@ -54,9 +54,9 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def full_run(project: Path) -> tuple[int, list[str]]:
+def full_run(project: Path, *arguments: str) -> tuple[int, list[str]]:
     """Exit status, and the tests that ran."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     status = subprocess.run(command, cwd=project, env=environment, stdout=subprocess.DEVNULL, check=False).returncode
     ran = (project / "ran").read_text().split()
@@ -72,6 +72,7 @@ def test_what_had_passed_is_not_run_again(project: Path):
     assert full_run(project) == (CUT_OFF, ["first", "second"])
     assert not measured(project).exists()
     (project / "power-cut").unlink()
+    assert full_run(project, "--collect-only") == (0, [])  # which proves nothing, and forgets nothing
     assert full_run(project) == (0, ["second", "third"])
     assert json.loads(measured(project).read_text())["passed"] == 3
     assert full_run(project) == (0, ["first", "second", "third"])  # a finished run is followed by a new one
