@@ -40,7 +40,8 @@ class Progress:
         self.started = time.time()
         self.modules: dict[str, str] = {}  # node id → digest of the module that has the test
         self.earlier: set[str] = set()
-        self.failed: set[str] = set()
+        self.unproved: set[str] = set()  # failed, or skipped
+        self.passed: set[str] = set()
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in {item.path for item in items}}
@@ -56,9 +57,10 @@ class Progress:
         return f"{self.modules[nodeid]} {nodeid}"
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            self.failed.add(report.nodeid)
-        if report.when == "teardown" and report.passed and report.nodeid not in self.failed:
+        if not report.passed:
+            self.unproved.add(report.nodeid)
+        if report.when == "teardown" and report.nodeid not in self.unproved:
+            self.passed.add(report.nodeid)
             self.notes.parent.mkdir(parents=True, exist_ok=True)
             with self.notes.open("a") as notes:
                 notes.write(f"{self._note(report.nodeid)}\n")
@@ -77,13 +79,14 @@ class Progress:
         measured.parent.mkdir(parents=True, exist_ok=True)
         record = {
             "v": 1,
-            "passed": len(self.modules),
+            "passed": len(self.earlier | self.passed),
+            "skipped": len(self.unproved),
             "last_run_seconds": round(time.time() - self.started),
             "sources": self.notes.stem,
             "machine": machine(),
         }
         measured.write_text(json.dumps(record, indent=2) + "\n")
-        self.notes.unlink()
+        self.notes.unlink(missing_ok=True)  # absent where all were skipped
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.earlier:

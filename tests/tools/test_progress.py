@@ -94,3 +94,14 @@ def test_a_changed_module_is_run_again_and_no_other(project: Path):
         module.write(f"\n\ndef test_added():\n    open({str(project / 'ran')!r}, 'a').write('added ')\n")
     assert full_run(project) == (0, ["added", "second", "third"])
     assert json.loads(measured(project).read_text())["passed"] == 5
+
+
+def test_a_skipped_test_has_not_passed(project: Path):
+    note = f"open({str(project / 'ran')!r}, 'a').write('tried ')"
+    skipping = f"import pytest\n\ndef test_skipped():\n    {note}\n    pytest.skip()\n"
+    (project / "tests" / "test_before.py").write_text(skipping)
+    assert full_run(project) == (CUT_OFF, ["tried", "first", "second"])
+    (project / "power-cut").unlink()
+    assert full_run(project) == (0, ["tried", "second", "third"])
+    record = json.loads(measured(project).read_text())
+    assert (record["passed"], record["skipped"]) == (3, 1)
